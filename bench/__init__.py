@@ -1,0 +1,1 @@
+"""The benchmark CLI: scenarios, peers, plots."""

@@ -1,0 +1,1 @@
+"""What touches bytes: devices, codecs, kernels, each with a CPU reference."""

@@ -1,0 +1,1 @@
+"""The wire contract `kvtier.v1` and its generated stubs."""

@@ -1,0 +1,1 @@
+"""The process: cache (decisions), placement, sessions and leases, servicers, admin."""

@@ -1,0 +1,1 @@
+"""Where chunks live: arena, memory tier, LMDB tier, index, eviction policies."""

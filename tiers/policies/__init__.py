@@ -1,0 +1,1 @@
+"""Which chunk goes first: one eviction policy a file."""

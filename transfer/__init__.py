@@ -1,0 +1,1 @@
+"""How bytes move: the mover (priority lanes, bounded bytes in flight) and the data paths."""

@@ -1,0 +1,1 @@
+"""The data paths between service and client, both ends of each in one file."""
