@@ -12,7 +12,6 @@ USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench proto clean
-.DELETE_ON_ERROR:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
