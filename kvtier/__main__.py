@@ -1,0 +1,8 @@
+"""`python -m kvtier` is the command line."""
+
+import sys
+
+from kvtier.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""How a prefix of tokens becomes a chain of chunk keys.
+
+A chunk is the KV of a fixed run of tokens over all layers. Its key is a 32-byte digest chained over
+everything before it, so equal keys mean equal whole prefixes in one space:
+
+    key[i] = SHA-256("kvtier.chunk.v1" ‖ parent ‖ u32(tokens) ‖ tokens as u32-LE ‖ u32(len(extra)) ‖ extra)
+
+where parent is key[i-1], or the space digest for the first chunk. `extra` is what else decides the
+chunk's KV besides the tokens (a LoRA adapter, the hash of an image). Every part has a fixed length or
+is preceded by its length, so no two inputs share an encoding.
+"""
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NewType, overload
+
+from kvtier.errors import InvalidRequest
+
+ChunkKey = NewType("ChunkKey", bytes)
+
+KEY_BYTES = 32
+MAX_EXTRA_BYTES = 65_536
+_DOMAIN = b"kvtier.chunk.v1"
+_U32 = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A run of consecutive full chunks of one prompt, ready to look up, load or offload.
+
+    Slicing gives a shorter run that still knows its parent: `prefix[8:]` is the prefix from its ninth
+    chunk on, for an engine that already holds the first eight.
+    """
+
+    keys: tuple[ChunkKey, ...]
+    parent: ChunkKey  # the key before the first one; the space digest at the start of a prompt
+    chunk_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[ChunkKey]:
+        return iter(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> ChunkKey: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Prefix": ...
+    def __getitem__(self, index: "int | slice") -> "ChunkKey | Prefix":
+        if isinstance(index, int):
+            return self.keys[index]
+        start, stop, step = index.indices(len(self.keys))
+        if step != 1:
+            raise InvalidRequest(f"a prefix is contiguous: slice step {step} is not 1")
+        parent = self.keys[start - 1] if start > 0 else self.parent
+        return Prefix(self.keys[start:stop], parent, self.chunk_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the run covers."""
+        return len(self.keys) * self.chunk_tokens
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as packed little-endian u32, 4 bytes each.
+
+    Takes any sequence of ints; an `array`, NumPy array or other buffer of 4-byte unsigned integers is
+    packed without a loop. Raises InvalidRequest where an id does not fit in 32 bits.
+    """
+    try:
+        packed = array("I", token_ids)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"token_ids: every id must be an integer in [0, 2^32): {error}"
+        ) from None
+    if _HOST_IS_BIG_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()
+
+
+_HOST_IS_BIG_ENDIAN = array("I", [1]).tobytes() != _U32.pack(1)
+
+
+def chain(
+    root: bytes, packed_tokens: bytes, chunk_tokens: int, extra: bytes | Sequence[bytes] = b""
+) -> Prefix:
+    """The keys of all full chunks of a prompt; a tail shorter than `chunk_tokens` has no key.
+
+    `root` is the space digest (or the key of the chunk before the first token), `packed_tokens` comes
+    from `pack_tokens`. `extra` is mixed into every chunk, or given one per chunk.
+    """
+    if len(root) != KEY_BYTES:
+        raise InvalidRequest(f"root: {len(root)} bytes given, a digest has {KEY_BYTES}")
+    if chunk_tokens < 1:
+        raise InvalidRequest(f"chunk_tokens: {chunk_tokens} given, at least 1 needed")
+    width = 4 * chunk_tokens
+    count = len(packed_tokens) // width
+    extras = [extra] * count if isinstance(extra, bytes) else list(extra)
+    if len(extras) < count:
+        raise InvalidRequest(f"extra: {len(extras)} values given for {count} chunks")
+    token_count = _U32.pack(chunk_tokens)
+    parent = root
+    keys = []
+    for index in range(count):
+        tail = _encode_extra(extras[index])
+        tokens = packed_tokens[index * width : (index + 1) * width]
+        parent = hashlib.sha256(_DOMAIN + parent + token_count + tokens + tail).digest()
+        keys.append(ChunkKey(parent))
+    return Prefix(tuple(keys), ChunkKey(root), chunk_tokens)
+
+
+def _encode_extra(extra: bytes) -> bytes:
+    if len(extra) > MAX_EXTRA_BYTES:
+        raise InvalidRequest(
+            f"extra: {len(extra)} bytes given, at most {MAX_EXTRA_BYTES}; send a hash of it"
+        )
+    return _U32.pack(len(extra)) + extra

@@ -1,0 +1,23 @@
+"""What engines and connectors use: a client that never makes its engine wrong, slow or dead."""
+
+from kvtier.client.client import Client, Explained, KeyState, Path, connect
+from kvtier.client.loading import Loaded, LoadedChunk
+from kvtier.client.offloading import Offload, Offloaded, WriteSlot
+from kvtier.client.stats import ServiceStats, TierUse, Unreachable, fetch_stats
+
+__all__ = [
+    "Client",
+    "Explained",
+    "KeyState",
+    "Loaded",
+    "LoadedChunk",
+    "Offload",
+    "Offloaded",
+    "Path",
+    "ServiceStats",
+    "TierUse",
+    "Unreachable",
+    "WriteSlot",
+    "connect",
+    "fetch_stats",
+]

@@ -1,0 +1,163 @@
+"""Keeps a session open, in the background, so that no request ever waits for a connection.
+
+While there is no session every operation of the client is a miss that costs nothing. This is the
+circuit: repeated failure drops the session, and the background thread opens a new one when the service
+answers again, after growing pauses if sessions keep failing.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from kvtier.client.session import Session, attach
+from kvtier.client.transport import SERVICE_FAILURES, Transport
+from kvtier.proto import cache_pb2 as pb
+from kvtier.spaces import Space
+
+logger = logging.getLogger(__name__)
+
+FAILURES_TO_OPEN = 3
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 5.0
+_OPEN_TIMEOUT_S = 5.0
+
+
+class Connection:
+    """One client's link to a service; `session` is None while the circuit is open."""
+
+    def __init__(
+        self,
+        make_transport: Callable[[], Transport],
+        space: Space,
+        client: str,
+        paths: list["pb.DataPath"],
+    ) -> None:
+        self._make_transport = make_transport
+        self._request = pb.OpenSessionRequest(client=client, space=to_message(space), paths=paths)
+        self._space = space
+        self._session: Session | None = None
+        self._ready = threading.Event()
+        self._closed = threading.Event()
+        self._failures = 0
+        self._proven = False  # the present session has answered something
+        self._opening: Callable[[], object] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="kvtier-session", daemon=True)
+        self._thread.start()
+
+    @property
+    def session(self) -> Session | None:
+        """The open session, or None."""
+        return self._session
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until a session is open; False when time ran out."""
+        return self._ready.wait(timeout_s)
+
+    def succeeded(self) -> None:
+        """The service answered a request."""
+        self._failures = 0
+        self._proven = True
+
+    def failed(self, session: Session, what: str, error: BaseException) -> None:
+        """A request of this session failed. The third in a row, or one that shows the session to be
+        over, opens the circuit."""
+        self._failures += 1
+        over = _says_session_is_over(error)
+        if self._failures >= FAILURES_TO_OPEN or over:
+            self.drop(session, f"{what}: {describe(error)}")
+
+    def drop(self, session: Session, why: str) -> None:
+        """Give a session up: what it leased ends with it."""
+        if self._session is session:
+            self._session = None
+            self._ready.clear()
+            logger.warning("kvtier: no cache until the service answers again (%s)", why)
+        session.end()
+
+    def close(self) -> None:
+        """End the session and the background thread."""
+        self._closed.set()
+        session = self._session
+        self._session = None
+        if session is not None:
+            session.end()
+        self._opening()
+        self._thread.join(timeout=_OPEN_TIMEOUT_S)
+
+    def _run(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._closed.is_set():
+            self._proven = False
+            try:
+                self._hold_one_session()
+            except SERVICE_FAILURES as error:
+                logger.debug("kvtier: no session: %s", describe(error))
+            pause_s = FIRST_PAUSE_S if self._proven else min(2 * pause_s, LONGEST_PAUSE_S)
+            self._closed.wait(pause_s)
+
+    def _hold_one_session(self) -> None:
+        """Open a session and stay until it ends."""
+        transport = self._make_transport()
+        session = None
+        try:
+            stream = transport.stream("OpenSession", self._request, None)
+            self._opening = stream.cancel
+            watchdog = threading.Timer(_OPEN_TIMEOUT_S, stream.cancel)
+            watchdog.daemon = True
+            watchdog.start()
+            try:
+                event = next(stream)
+            finally:
+                watchdog.cancel()
+            session = attach(event.opened, self._space, transport, stream)
+            self._failures = 0
+            self._session = session
+            self._ready.set()
+            for _ in stream:
+                break  # the service is closing
+        except StopIteration:
+            pass
+        finally:
+            if session is not None:
+                self.drop(session, "the session ended")
+            else:
+                transport.close()
+
+
+def to_message(space: Space) -> pb.Space:
+    """A space as the wire carries it."""
+    layout = space.layout
+    return pb.Space(
+        model=space.model,
+        weights=space.weights,
+        rope=space.rope,
+        tenant=space.tenant,
+        format_version=space.format_version,
+        layout=pb.Layout(
+            dtype=layout.dtype,
+            layers=layout.layers,
+            planes=layout.planes,
+            heads=layout.heads,
+            head_dim=layout.head_dim,
+            tokens=layout.tokens,
+            axes=layout.axes,
+            rank=layout.rank,
+            ranks=layout.ranks,
+        ),
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: gRPC's own text goes over many."""
+    code = getattr(error, "code", None)
+    details = getattr(error, "details", None)
+    if callable(code) and callable(details):
+        return f"{getattr(code(), 'name', code())}: {details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _says_session_is_over(error: BaseException) -> bool:
+    status = getattr(error, "status", "")
+    code = getattr(error, "code", None)
+    name = getattr(code(), "name", "") if callable(code) else status
+    return name in ("FAILED_PRECONDITION", "UNAVAILABLE")

@@ -1,0 +1,193 @@
+"""Reading chunks: one load, as the engine sees it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from kvtier.chunks import Prefix
+from kvtier.client.connection import Connection
+from kvtier.client.session import Session, pack_keys
+from kvtier.client.transport import SERVICE_FAILURES, Stream
+from kvtier.kernels.host import copy
+from kvtier.proto import cache_pb2 as pb
+from kvtier.transfer.paths import inline
+
+# The service ends a load by itself at its deadline; the call gets a little longer to say so.
+_GRACE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedChunk:
+    """One chunk of a load. `data` is read-only, has exactly the layout's bytes, and is valid until the
+    load's `with` block ends."""
+
+    index: int
+    data: memoryview
+
+    def read_into(self, target: memoryview) -> None:
+        """Copy the chunk into a writable buffer of the same size, without the GIL."""
+        copy(target, self.data)
+
+
+class Buffers:
+    """Chunk-sized buffers for the inline path, kept for the next load: fresh pages are slow."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._free: list[bytearray] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> bytearray:
+        with self._lock:
+            if self._free and len(self._free[-1]) == nbytes:
+                return self._free.pop()
+        return bytearray(nbytes)
+
+    def give_back(self, buffers: list[bytearray]) -> None:
+        with self._lock:
+            for buffer in buffers:
+                if (len(self._free) + 1) * len(buffer) <= self._keep_bytes:
+                    self._free.append(buffer)
+
+
+class Loaded:
+    """Chunks of a prefix in order, as they land. Ends early where the service has no more, fails or is
+    too late: a shorter prefix, never an exception.
+
+    Use it as a context manager, iterate it once, and do not keep `data` beyond the block.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        buffers: Buffers,
+        prefix: Prefix,
+        deadline_s: float,
+    ) -> None:
+        self._connection = connection
+        self._buffers = buffers
+        self._prefix = prefix
+        self._until = time.monotonic() + deadline_s
+        self._session: Session | None = None
+        self._lease_id = 0
+        self._stream: Stream[pb.LoadResponse] | Stream[pb.GetResponse] | None = None
+        self._views: list[memoryview] = []
+        self._borrowed: list[bytearray] = []
+
+    def __enter__(self) -> Self:
+        session = self._connection.session
+        if session is not None and len(self._prefix) and session.enter():
+            self._session = session
+            self._prefix = self._prefix[: session.max_keys]
+            self._lease_id = session.next_lease_id()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if self._stream is not None:
+            self._stream.cancel()
+        self._let_go_of_views()
+        if session.attached is not None and self._stream is not None:
+            request = pb.ReleaseRequest(session_id=session.id, lease_id=self._lease_id)
+            self._post_release(session, request)
+        session.leave()
+
+    def _let_go_of_views(self) -> None:
+        try:
+            for view in self._views:
+                view.release()
+        except BufferError:
+            return  # an array over a chunk outlives the block: its buffer is not used again
+        self._buffers.give_back(self._borrowed)
+
+    def _post_release(self, session: Session, request: pb.ReleaseRequest) -> None:
+        # A lease that could not be released ends with its session, so the session has to go.
+        def give_up() -> None:
+            self._connection.drop(session, "a lease could not be released")
+
+        try:
+            session.transport.post("Release", request, give_up)
+        except SERVICE_FAILURES:
+            give_up()
+
+    def __iter__(self) -> Iterator[LoadedChunk]:
+        session = self._session
+        if session is None:
+            return
+        chunks = self._mapped(session) if session.attached is not None else self._streamed(session)
+        expected = 0
+        try:
+            for chunk in chunks:
+                if chunk.index != expected:
+                    raise ValueError(f"the service sent chunk {chunk.index}, not {expected}")
+                expected += 1
+                yield chunk
+        except SERVICE_FAILURES as failure:
+            self._connection.failed(session, "load", failure)
+        else:
+            self._connection.succeeded()
+
+    def _remaining_ms(self) -> int:
+        return max(1, int(1000 * (self._until - time.monotonic())))
+
+    def _mapped(self, session: Session) -> Iterator[LoadedChunk]:
+        attached = session.attached
+        assert attached is not None
+        request = pb.LoadRequest(
+            session_id=session.id,
+            lease_id=self._lease_id,
+            keys=pack_keys(self._prefix.keys),
+            deadline_ms=self._remaining_ms(),
+        )
+        timeout_s = request.deadline_ms / 1000 + _GRACE_S
+        stream: Stream[pb.LoadResponse] = session.transport.stream("Load", request, timeout_s)
+        self._stream = stream
+        for response in stream:
+            for chunk in response.chunks:
+                if chunk.index >= len(self._prefix):
+                    raise ValueError(
+                        f"the service sent chunk {chunk.index}, which nobody asked for"
+                    )
+                data = attached.slot(chunk.offset, session.chunk_bytes).toreadonly()
+                self._views.append(data)
+                yield LoadedChunk(chunk.index, data)
+
+    def _streamed(self, session: Session) -> Iterator[LoadedChunk]:
+        request = pb.GetRequest(
+            session_id=session.id,
+            keys=pack_keys(self._prefix.keys),
+            deadline_ms=self._remaining_ms(),
+        )
+        timeout_s = request.deadline_ms / 1000 + _GRACE_S
+        stream: Stream[pb.GetResponse] = session.transport.stream("Get", request, timeout_s)
+        self._stream = stream
+        assembly: inline.Assembly | None = None
+        view = memoryview(b"")
+        for response in stream:
+            if not response.HasField("piece"):
+                return
+            if assembly is None:
+                buffer = self._buffers.take(session.chunk_bytes)
+                self._borrowed.append(buffer)
+                view = memoryview(buffer)
+                assembly = inline.Assembly(view)
+            wire = response.piece
+            verdict = assembly.add(inline.Piece(wire.index, wire.data, wire.checksum))
+            if verdict is None:
+                continue
+            if not verdict:
+                raise ValueError(f"chunk {wire.index} arrived with a wrong checksum")
+            assembly = None
+            data = view.toreadonly()
+            self._views += [data, view]
+            yield LoadedChunk(wire.index, data)

@@ -1,0 +1,113 @@
+"""The composition root: every class is chosen and joined here, from the configuration."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvtier.config import Config, Cpu, Disk
+from kvtier.kernels.codecs import codec_by_name
+from kvtier.kernels.host import SharedMemory, remove_stale
+from kvtier.metrics import Counters
+from kvtier.service.cache import Cache, Rules
+from kvtier.service.explain import Explainer
+from kvtier.service.history import History
+from kvtier.service.placement import Memory, Placement
+from kvtier.service.promotion import Promotions
+from kvtier.service.sessions import Sessions
+from kvtier.service.write_behind import WriteBehind
+from kvtier.tiers.base import Store
+from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.rebuild import rebuild
+from kvtier.transfer.mover import Mover
+
+Progress = Callable[[str, int, int], None]
+"""Told of long work: what it is, how much is done, of how much."""
+
+
+@dataclass(slots=True)
+class DiskSide:
+    """The parts that exist only with a disk tier."""
+
+    store: Store
+    mover: Mover
+    write_behind: WriteBehind
+
+
+@dataclass(slots=True)
+class Core:
+    """The service without its wire."""
+
+    cache: Cache
+    explainer: Explainer
+    memory: Memory
+    disk: DiskSide | None
+    flush_s: float
+
+    def start(self) -> None:
+        """Start the disk lanes; needs the running loop."""
+        if self.disk is not None:
+            self.disk.mover.start()
+            self.disk.write_behind.start()
+
+    async def stop(self) -> bool:
+        """End all sessions, write what RAM still holds, free everything. False when
+        server.shutdown_flush_s was too short to write it all."""
+        flushed = True
+        await self.cache.sessions.close()
+        if self.disk is not None:
+            flushed = await self.disk.write_behind.flush(self.flush_s)
+            await self.disk.write_behind.close()
+            await self.disk.mover.close()
+            await self.disk.store.flush()
+            await self.disk.store.close()
+        self.memory.region.close(unlink=True)
+        return flushed
+
+
+def build(config: Config, progress: Progress) -> Core:
+    """Open the tiers, bring the index back and join the parts. Must run in an event loop.
+
+    Raises AlreadyRunning when another service owns the disk directory, ConfigError when a tier does
+    not fit where it is told to be.
+    """
+    store = _open_store(config.disk)
+    memory = Memory(_create_arena(config.cpu, progress))
+    counters = Counters()
+    history = History(config.limits.history)
+    placement = Placement(memory, store, history, counters)
+    disk, promotions = None, None
+    if store is not None:
+        for unreachable in rebuild(placement.index, store.spaces(), store.records()):
+            store.delete(unreachable)
+        mover = Mover(store, config.disk.read_threads)
+        promotions = Promotions(placement, mover)
+        interval_s = config.disk.commit_interval_ms / 1000
+        write_behind = WriteBehind(placement, mover, config.disk.commit_bytes, interval_s)
+        placement.on_commit = write_behind.add
+        disk = DiskSide(store, mover, write_behind)
+    sessions = Sessions(
+        placement.index, config.limits.sessions, memory.region.path, counters.add_aborted
+    )
+    cache = Cache(placement, promotions, sessions, Rules(config.retention.ttl_s, config.limits))
+    explainer = Explainer(placement.index, history)
+    return Core(cache, explainer, memory, disk, config.server.shutdown_flush_s)
+
+
+def _open_store(disk: Disk) -> Store | None:
+    if disk.directory is None:
+        return None
+    codec = codec_by_name(disk.compression)
+    return DiskTier.open(disk.directory, disk.capacity, codec, disk.read_threads)
+
+
+def _create_arena(cpu: Cpu, progress: Progress) -> SharedMemory:
+    for arena in remove_stale(cpu.directory, "kvtier-*.arena"):
+        for tether in arena.parent.glob(f"{arena.name}.*"):
+            tether.unlink(missing_ok=True)
+    path = cpu.directory / f"kvtier-{secrets.token_hex(8)}.arena"
+    region = SharedMemory.create(path, cpu.capacity)
+    for done in region.populate():
+        progress("arena", done, region.nbytes)
+    return region

@@ -1,0 +1,98 @@
+"""Who may touch which slot: one session's leases.
+
+A lease covers the chunks of one request, under an id that the client chose, so that a client whose
+answer got lost can still give it back. A read lease pins committed replicas; a write lease owns
+replicas that nobody can read yet.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvtier.errors import InvalidRequest, LimitReached
+from kvtier.tiers.index import Index, Replica, State
+
+# One per request under way or in use; a client that leaks them is stopped before it hurts others.
+LEASES_PER_SESSION = 4096
+
+
+class Mode(Enum):
+    """What a lease allows."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The chunks of one request, by their index in it."""
+
+    id: int
+    mode: Mode
+    replicas: dict[int, Replica] = field(default_factory=dict)
+    ended: bool = False
+
+
+class Leases:
+    """One session's leases over an index; `write_bytes` is what it holds reserved."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._leases: dict[int, Lease] = {}
+        self.write_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def open(self, lease_id: int, mode: Mode) -> Lease:
+        """A new lease. Raises InvalidRequest when the id is in use, LimitReached when too many are."""
+        if lease_id in self._leases:
+            raise InvalidRequest(f"lease_id: {lease_id} is in use in this session; choose another")
+        if len(self._leases) >= LEASES_PER_SESSION:
+            raise LimitReached(
+                f"leases: {LEASES_PER_SESSION} are open in this session; release some"
+            )
+        lease = self._leases[lease_id] = Lease(lease_id, mode)
+        return lease
+
+    def find(self, lease_id: int, mode: Mode) -> Lease | None:
+        lease = self._leases.get(lease_id)
+        return lease if lease is not None and lease.mode is mode else None
+
+    def add_read(self, lease: Lease, index: int, replica: Replica) -> None:
+        """Pin a readable replica under the lease."""
+        assert not lease.ended
+        assert replica.state is State.READY
+        self._index.pin(replica)
+        lease.replicas[index] = replica
+
+    def add_write(self, lease: Lease, index: int, replica: Replica) -> None:
+        """Put a replica that is about to be written under the lease."""
+        assert not lease.ended
+        lease.replicas[index] = replica
+        self.write_bytes += replica.slot.nbytes
+
+    def take_written(self, lease: Lease, index: int) -> Replica | None:
+        """Take one written replica out of its lease, to be committed or aborted by the caller."""
+        replica = lease.replicas.pop(index, None)
+        if replica is not None:
+            self.write_bytes -= replica.slot.nbytes
+        return replica
+
+    def end(self, lease: Lease) -> int:
+        """End a lease: unpin what it read, discard what it did not commit. Returns how many chunks of
+        a write lease were discarded."""
+        del self._leases[lease.id]
+        lease.ended = True
+        replicas = list(lease.replicas.items())
+        if lease.mode is Mode.READ:
+            for _, replica in replicas:
+                self._index.unpin(replica)
+            return 0
+        for index, replica in reversed(replicas):
+            self.take_written(lease, index)
+            self._index.abort(replica)
+        return len(replicas)
+
+    def end_all(self) -> int:
+        """End every lease; returns how many chunks were discarded."""
+        return sum(self.end(lease) for lease in list(self._leases.values()))

@@ -1,0 +1,85 @@
+"""Disk to RAM: one promotion per chunk, shared by everyone who waits for it."""
+
+from asyncio import Future
+from dataclasses import dataclass
+
+from kvtier.service.history import Loss
+from kvtier.service.placement import Placement
+from kvtier.tiers.base import Outcome
+from kvtier.tiers.index import Node, Replica, TierId
+from kvtier.transfer.mover import Mover, Priority, Ticket
+
+
+@dataclass(slots=True, eq=False)
+class Promotion:
+    """A chunk on its way from disk into a RAM slot. `waiters` counts the loads that want it."""
+
+    source: Replica
+    target: Replica
+    ticket: Ticket
+    waiters: int = 0
+    abandoned: bool = False
+
+    @property
+    def outcome(self) -> "Future[Outcome]":
+        return self.ticket.outcome
+
+
+class Promotions:
+    """All promotions under way."""
+
+    def __init__(self, placement: Placement, mover: Mover) -> None:
+        self._placement = placement
+        self._mover = mover
+        self._live: dict[Node, Promotion] = {}
+
+    def join(self, node: Node, priority: Priority) -> Promotion | None:
+        """Promote a chunk that is on disk and not in RAM, or join its promotion; None: no room."""
+        promotion = self._live.get(node)
+        if promotion is None:
+            promotion = self._start(node, priority)
+        else:
+            self._mover.raise_priority(promotion.ticket, priority)
+        if promotion is not None and priority is Priority.DEMAND:
+            promotion.waiters += 1
+        return promotion
+
+    def leave(self, promotion: Promotion) -> None:
+        """A load no longer waits. A promotion that nobody wants is given up if it has not started."""
+        promotion.waiters -= 1
+        if promotion.waiters == 0 and not promotion.outcome.done() and not promotion.ticket.started:
+            promotion.abandoned = True
+            promotion.ticket.cancel()
+
+    def _start(self, node: Node, priority: Priority) -> Promotion | None:
+        source = node.ready(TierId.DISK)
+        assert source is not None, "promotion of a chunk that is not on disk"
+        index, nbytes = self._placement.index, node.branch.space.layout.nbytes
+        index.pin(source)
+        target = self._placement.begin_in_ram(
+            nbytes, lambda slot: index.begin_copy(node, TierId.CPU, slot)
+        )
+        if target is None:
+            index.unpin(source)
+            return None
+        into = self._placement.memory.view(target.slot)
+        ticket = self._mover.load(source.record, into, priority)
+        promotion = self._live[node] = Promotion(source, target, ticket)
+        # Added first, so it runs before anyone who awaits the outcome.
+        ticket.outcome.add_done_callback(lambda done: self._finish(promotion, done.result()))
+        return promotion
+
+    def _finish(self, promotion: Promotion, outcome: Outcome) -> None:
+        node = promotion.source.node
+        index, counters = self._placement.index, self._placement.counters
+        del self._live[node]
+        if outcome is Outcome.HIT and index.commit(promotion.target):
+            counters.promoted_chunks += 1
+        else:
+            index.abort(promotion.target)
+        if outcome is Outcome.CORRUPT:
+            counters.corrupt_chunks += 1
+            self._placement.lose(node, Loss.CORRUPT, "its checksum on disk was wrong")
+        elif outcome is Outcome.MISS and not promotion.abandoned:
+            self._placement.lose(node, Loss.CORRUPT, "the disk tier no longer had it")
+        index.unpin(promotion.source)

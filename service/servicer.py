@@ -1,0 +1,266 @@
+"""The RPCs: from messages to the cache and back. Errors are mapped to statuses by `status.py`."""
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import count
+
+from grpc import aio
+
+from kvtier import __version__
+from kvtier.chunks import ChunkKey
+from kvtier.errors import InvalidRequest
+from kvtier.proto import cache_pb2 as pb
+from kvtier.proto.cache_pb2_grpc import CacheServicer
+from kvtier.service.answers import CommitOutcome, LoadStop
+from kvtier.service.cache import Cache
+from kvtier.service.convert import client_of, deadline_of, keys_of, parent_of, space_of
+from kvtier.service.explain import Explainer
+from kvtier.service.leases import Lease
+from kvtier.service.sessions import Session
+from kvtier.transfer.paths import inline
+
+Context = aio.ServicerContext
+# Read leases of Get calls are the service's own: clients choose 64-bit ids, these lie above.
+_OWN_LEASES = 1 << 64
+
+
+class Servicer(CacheServicer):
+    """Speaks kvtier.v1 for one cache."""
+
+    def __init__(self, cache: Cache, explainer: Explainer) -> None:
+        self._cache = cache
+        self._explainer = explainer
+        self._started_s = time.monotonic()
+        self._own_leases = count(_OWN_LEASES)
+
+    # ── sessions ──────────────────────────────────────────────────────────────────────────────────
+
+    async def OpenSession(
+        self, request: pb.OpenSessionRequest, context: Context
+    ) -> AsyncIterator[pb.SessionEvent]:
+        path = next((path for path in request.paths if path in _PATHS), None)
+        if path is None:
+            raise InvalidRequest("paths: none known; offer DATA_PATH_SHM or DATA_PATH_INLINE")
+        session = self._cache.open_session(
+            client_of(request.client),
+            space_of(request.space),
+            tethered=path == pb.DATA_PATH_SHM,
+        )
+        try:
+            yield pb.SessionEvent(opened=self._opened(session, path))
+            await session.closing.wait()
+            yield pb.SessionEvent(closing=pb.SessionClosing(reason="the service is stopping"))
+        finally:
+            self._cache.end_session(session)
+
+    def _opened(self, session: Session, path: pb.DataPath) -> pb.SessionOpened:
+        region = self._cache.placement.memory.region
+        arena = None
+        if session.tether is not None:
+            arena = pb.ShmArena(
+                path=str(region.path), nbytes=region.nbytes, tether_path=str(session.tether.path)
+            )
+        return pb.SessionOpened(
+            session_id=session.id,
+            space_digest=session.branch.digest,
+            chunk_bytes=session.branch.space.layout.nbytes,
+            path=path,
+            arena=arena,
+            max_keys=self._cache.rules.limits.keys_per_request,
+            max_write_lease_bytes=self._cache.write_lease_limit,
+            server_version=__version__,
+        )
+
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────
+
+    async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        held, in_ram = self._cache.lookup(session, keys)
+        return pb.LookupResponse(held=held, in_ram=in_ram)
+
+    async def Load(
+        self, request: pb.LoadRequest, context: Context
+    ) -> AsyncIterator[pb.LoadResponse]:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        lease = self._cache.open_read(session, request.lease_id)
+        deadline_s = deadline_of(request.deadline_ms)
+        chunks, loading = self._cache.load(session, lease, keys, deadline_s)
+        brought = 0
+        async for landed in chunks:
+            brought += len(landed.chunks)
+            yield pb.LoadResponse(
+                chunks=[
+                    pb.LoadedChunk(index=index, offset=slot.offset) for index, slot in landed.chunks
+                ]
+            )
+        yield pb.LoadResponse(end=_end(loading.stop, brought))
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> AsyncIterator[pb.GetResponse]:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        lease = self._cache.open_read(session, next(self._own_leases))
+        view = self._cache.placement.memory.view
+        try:
+            deadline_s = deadline_of(request.deadline_ms)
+            chunks, loading = self._cache.load(session, lease, keys, deadline_s)
+            brought = 0
+            async for landed in chunks:
+                for index, slot in landed.chunks:
+                    for piece in _pieces(lease, index, view(slot)):
+                        yield piece
+                    brought += 1
+            yield pb.GetResponse(end=_end(loading.stop, brought))
+        finally:
+            if not lease.ended:
+                session.leases.end(lease)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        self._cache.release(self._session(request.session_id), request.lease_id)
+        return pb.ReleaseResponse()
+
+    async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        in_ram, promoting = self._cache.prefetch(session, keys)
+        return pb.PrefetchResponse(in_ram=in_ram, promoting=promoting)
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────
+
+    async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        parent = parent_of(request.parent)
+        answers = self._cache.reserve(session, request.lease_id, keys, parent)
+        return pb.ReserveResponse(
+            chunks=[
+                pb.ReservedChunk(
+                    status=answer.outcome.value,  # type: ignore[arg-type]
+                    offset=answer.slot.offset if answer.slot is not None else 0,
+                )
+                for answer in answers
+            ]
+        )
+
+    async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        session = self._session(request.session_id)
+        limit = self._cache.rules.limits.keys_per_request
+        if len(request.indexes) > limit:
+            raise InvalidRequest(f"indexes: {len(request.indexes)} given, at most {limit}")
+        outcomes = self._cache.commit(session, request.lease_id, request.indexes)
+        return pb.CommitResponse(chunks=_committed(request.indexes, outcomes))
+
+    async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Context) -> pb.PutResponse:
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("header"):
+            raise InvalidRequest("header: the first message of a Put must carry it")
+        session = self._session(first.header.session_id)
+        lease_id = first.header.lease_id
+        try:
+            whole, corrupt = await self._receive(session, lease_id, requests)
+        except BaseException:  # also a client that went away: its chunks are not to be published
+            self._cache.abort(session, lease_id)
+            raise
+        outcomes = self._cache.commit(session, lease_id, whole)
+        broken = [CommitOutcome.CORRUPT] * len(corrupt)
+        return pb.PutResponse(chunks=_committed(whole, outcomes) + _committed(corrupt, broken))
+
+    async def _receive(
+        self, session: Session, lease_id: int, requests: AsyncIterator[pb.PutRequest]
+    ) -> tuple[list[int], list[int]]:
+        """Fill the lease's slots; returns the indexes that arrived whole and those that are corrupt."""
+        view = self._cache.placement.memory.view
+        lease = self._cache.write_lease(session, lease_id)
+        assemblies: dict[int, inline.Assembly] = {}
+        verdicts: dict[int, bool] = {}
+        async for request in requests:
+            piece = inline.Piece(request.piece.index, request.piece.data, request.piece.checksum)
+            if lease is None or lease.ended or piece.index not in lease.replicas:
+                raise InvalidRequest(f"piece: chunk {piece.index} is not reserved by this lease")
+            assembly = assemblies.get(piece.index)
+            if assembly is None:
+                target = view(lease.replicas[piece.index].slot)
+                assembly = assemblies[piece.index] = inline.Assembly(target)
+            verdict = assembly.add(piece)
+            if verdict is not None:
+                verdicts[piece.index] = verdict
+        whole = sorted(index for index, right in verdicts.items() if right)
+        return whole, sorted(index for index, right in verdicts.items() if not right)
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        self._cache.abort(self._session(request.session_id), request.lease_id)
+        return pb.AbortResponse()
+
+    # ── the operator's ────────────────────────────────────────────────────────────────────────────
+
+    async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        if request.whole_space and keys:
+            raise InvalidRequest("keys: must be empty with whole_space")
+        chunks = self._cache.evict(session, keys, whole_space=request.whole_space)
+        return pb.EvictResponse(chunks=chunks)
+
+    async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
+        return pb.StatsResponse(
+            version=__version__,
+            uptime_s=time.monotonic() - self._started_s,
+            tiers=[
+                pb.TierStats(
+                    name=tier.name,
+                    capacity_bytes=tier.capacity_bytes,
+                    used_bytes=tier.used_bytes,
+                    chunks=tier.chunks,
+                )
+                for tier in self._cache.tiers()
+            ],
+            sessions=len(self._cache.sessions),
+            leases=self._cache.sessions.leases,
+            spaces=len(self._cache.placement.index.spaces),
+            counters=self._cache.placement.counters.as_dict(),
+        )
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        answers = self._explainer.explain(
+            session.branch, keys, request.token_ids, list(request.extras)
+        )
+        return pb.ExplainResponse(
+            keys=[
+                pb.Explanation(
+                    state=answer.state.value,  # type: ignore[arg-type]
+                    detail=answer.detail,
+                    fields=answer.fields,
+                )
+                for answer in answers
+            ]
+        )
+
+    # ── shared ────────────────────────────────────────────────────────────────────────────────────
+
+    def _session(self, session_id: bytes) -> Session:
+        return self._cache.sessions.get(session_id)
+
+    def _session_and_keys(self, session_id: bytes, packed: bytes) -> tuple[Session, list[ChunkKey]]:
+        session = self._session(session_id)
+        return session, keys_of(packed, self._cache.rules.limits.keys_per_request)
+
+
+_PATHS = (pb.DATA_PATH_SHM, pb.DATA_PATH_INLINE)
+
+
+def _pieces(lease: Lease, index: int, chunk: memoryview) -> Iterator[pb.GetResponse]:
+    for piece in inline.cut(index, chunk, inline.checksum(chunk)):
+        if lease.ended:  # the session ended between two messages: the slot is no longer ours
+            raise InvalidRequest("session_id: the session ended during the call")
+        yield pb.GetResponse(
+            piece=pb.ChunkPiece(index=index, data=piece.data, checksum=piece.checksum)
+        )
+
+
+def _end(stop: LoadStop, chunks: int) -> pb.LoadEnd:
+    return pb.LoadEnd(reason=stop.value, chunks=chunks)  # type: ignore[arg-type]
+
+
+def _committed(
+    indexes: Sequence[int], outcomes: Sequence[CommitOutcome]
+) -> list[pb.CommittedChunk]:
+    return [
+        pb.CommittedChunk(index=index, status=outcome.value)  # type: ignore[arg-type]
+        for index, outcome in zip(indexes, outcomes, strict=True)
+    ]

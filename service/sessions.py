@@ -1,0 +1,119 @@
+"""Who is connected: sessions, and when what they leased may be taken back."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvtier.errors import LimitReached, SessionEnded
+from kvtier.service.leases import Leases
+from kvtier.tiers.index import Branch, Index
+from kvtier.transfer.paths.shm import Tether
+
+SESSION_ID_BYTES = 16
+_TETHER_RETRY_S = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's connection to one space. `tether` is None on the inline path."""
+
+    id: bytes
+    client: str
+    branch: Branch
+    leases: Leases
+    tether: Tether | None
+    closing: asyncio.Event
+
+
+class Sessions:
+    """All sessions of the service. `on_discard` is told how many chunks an ended session discarded."""
+
+    def __init__(
+        self, index: Index, limit: int, arena_path: Path, on_discard: Callable[[int], None]
+    ) -> None:
+        self._index = index
+        self._limit = limit
+        self._arena_path = arena_path
+        self._on_discard = on_discard
+        self._sessions: dict[bytes, Session] = {}
+        # Connections that broke while their process still lives and may be copying.
+        self._lingering: dict[bytes, Session] = {}
+        self._reaper: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def leases(self) -> int:
+        """Leases of all sessions, lingering ones included."""
+        everyone = (*self._sessions.values(), *self._lingering.values())
+        return sum(len(session.leases) for session in everyone)
+
+    def open(self, client: str, branch: Branch, *, tethered: bool) -> Session:
+        """A new session; `tethered` when the client will map the arena.
+
+        Raises LimitReached when limits.sessions are open.
+        """
+        if len(self._sessions) + len(self._lingering) >= self._limit:
+            raise LimitReached(f"limits.sessions: {self._limit} are open; close one or raise it")
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        tether = None
+        if tethered:
+            tether = Tether(Path(f"{self._arena_path}.{session_id.hex()}"))
+        leases = Leases(self._index)
+        session = Session(session_id, client, branch, leases, tether, asyncio.Event())
+        self._sessions[session_id] = session
+        return session
+
+    def get(self, session_id: bytes) -> Session:
+        """The open session of that id. Raises SessionEnded."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise SessionEnded("session_id: unknown or over; open a new session")
+        return session
+
+    def uses(self, branch: Branch) -> bool:
+        """Whether a session is connected to that space."""
+        everyone = (*self._sessions.values(), *self._lingering.values())
+        return any(session.branch is branch for session in everyone)
+
+    def end(self, session: Session) -> None:
+        """End a session. Its leases end now, or when its process has let go of the arena."""
+        if self._sessions.pop(session.id, None) is None:
+            return
+        if session.tether is None or session.tether.is_released():
+            self._bury(session)
+            return
+        self._lingering[session.id] = session
+        if self._reaper is None or self._reaper.done():
+            self._reaper = asyncio.create_task(self._reap(), name="kvtier-reaper")
+
+    def announce_stop(self) -> None:
+        """Ask every client to go."""
+        for session in self._sessions.values():
+            session.closing.set()
+
+    async def close(self) -> None:
+        """End everything; the arena is about to go, so nobody is waited for."""
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+        for session in (*self._sessions.values(), *self._lingering.values()):
+            self._bury(session)
+        self._sessions.clear()
+        self._lingering.clear()
+
+    async def _reap(self) -> None:
+        while self._lingering:
+            await asyncio.sleep(_TETHER_RETRY_S)
+            for session in list(self._lingering.values()):
+                if session.tether is None or session.tether.is_released():
+                    del self._lingering[session.id]
+                    self._bury(session)
+
+    def _bury(self, session: Session) -> None:
+        self._on_discard(session.leases.end_all())
+        if session.tether is not None:
+            session.tether.close()
