@@ -135,27 +135,38 @@ def open_or_start_empty(directory: Path, map_bytes: int) -> tuple[DataFile, Surv
 def open_data_file(path: Path, map_bytes: int) -> tuple[DataFile, Survivors]:
     """Open one data file and read its metadata.
 
+    Opened twice: reading all metadata maps many pages around it, which closing gives back.
     Raises DamagedFile, DamagedRecord or lmdb.Error when it cannot be trusted, ConfigError when it
     is sound but of another format version.
     """
+    file = _open(path, map_bytes)
+    try:
+        _check_version(file)
+        found = _read_survivors(file)
+    finally:
+        file.close()
+    return _open(path, map_bytes), found
+
+
+def _open(path: Path, map_bytes: int) -> DataFile:
+    """Open the environment and make sure of its length and page size."""
     env = lmdb.open(
         str(path),
         map_size=map_bytes,
         subdir=False,
         mode=0o600,
+        # Values are read from the file; what LMDB touches itself are single pages of trees.
+        readahead=False,
         max_dbs=4,
         max_readers=_READERS,
-        meminit=True,
         lib_version=0,
     )
     try:
         _check_length(env, path)
         if env.stat()["psize"] != PAGE_BYTES:
             raise ConfigError(f"{path} has pages of {env.stat()['psize']} bytes, not {PAGE_BYTES}")
-        _check_version(env, path)
         head, spaces, meta, data = map(env.open_db, (b"head", b"spaces", b"meta", b"data"))
-        file = DataFile(env, head, spaces, meta, data, path)
-        return file, _read_survivors(file)
+        return DataFile(env, head, spaces, meta, data, path)
     except BaseException:
         env.close()
         raise
@@ -171,19 +182,18 @@ def _check_length(env: lmdb.Environment, path: Path) -> None:
         os.truncate(path, needed)
 
 
-def _check_version(env: lmdb.Environment, path: Path) -> None:
+def _check_version(file: DataFile) -> None:
     """Stamp a new file, refuse one of another version.
 
     Writing to it at once also proves that its list of free pages is sound.
     """
-    head = env.open_db(b"head")
-    with env.begin(write=True, db=head) as txn:
+    with file.env.begin(write=True, db=file.head) as txn:
         packed = txn.get(VERSION_KEY)
         if packed is None:
             txn.put(VERSION_KEY, pack_number(FORMAT_VERSION))
         elif (found := unpack_number(packed)) != FORMAT_VERSION:
             raise ConfigError(
-                f"disk.directory: {path} has format version {found}, this build reads"
+                f"disk.directory: {file.path} has format version {found}, this build reads"
                 f" {FORMAT_VERSION}: name another directory, or delete this one to start empty"
             )
         starts = txn.get(STARTS_KEY)

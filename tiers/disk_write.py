@@ -7,7 +7,6 @@ the deletes, waits for readers of the older state, and makes one more small comm
 
 import ctypes
 import logging
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,6 @@ from kvtier.tiers.disk_format import (
     PAGE_BYTES,
     PAGE_HEADER_BYTES,
     SMALL_EXTENT_BYTES,
-    DamagedRecord,
     Extent,
     Header,
     StoredChunk,
@@ -132,14 +130,10 @@ class ChunkWriter:
         self._cooling = [0, 0]  # bytes that the last two commits freed: not yet reusable
         self._commits = 0
         self._encoder = ThreadPoolExecutor(1, "kvtier-disk-encode")
-        # Reads one page where asked for one.
-        self._fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def close(self) -> None:
-        """Release the writer's thread and descriptor; the data file stays open."""
+        """Release the writer's threads; the data file stays open."""
         self._encoder.shutdown()
-        os.close(self._fd)
 
     def write(self, jobs: list[StoreJob], deletes: list[Record], used_bytes: int) -> Committed:
         """Store all jobs in one transaction, after or with the deletes.
@@ -244,27 +238,12 @@ class ChunkWriter:
 
     def _delete(self, txn: ViewTransaction, record: Record) -> None:
         key = meta_key(record.id)
-        packed = txn.get(key, db=self._file.meta)
-        if packed is not None:
-            self._touch(record.id, bytes(packed))
-            txn.delete(key, db=self._file.meta)
+        txn.delete(key, db=self._file.meta)
         with txn.cursor(db=self._file.data) as cursor:
             found = cursor.set_range(key)
             while found and id_of(bytes(cursor.key())) == record.id:
                 cursor.delete()
                 found = bool(cursor.key())
-
-    def _touch(self, chunk_id: int, packed: bytes) -> None:
-        """Read the page headers that LMDB will look at to free a chunk's pages.
-
-        Cold ones would be page faults, for each of which the system reads ahead megabytes.
-        """
-        try:
-            extents = StoredChunk.unpack(chunk_id, packed).extents
-        except DamagedRecord:
-            return
-        for extent in extents:
-            os.pread(self._fd, PAGE_HEADER_BYTES, extent.page * PAGE_BYTES)
 
 
 def put_extents(

@@ -59,7 +59,7 @@ class BytePlaneCodec:
 
     id: ClassVar[int] = 1
     name: ClassVar[str] = "byteplane"
-    block_bytes: ClassVar[int] = 256 << 10  # planes, words and result of a block stay in L2
+    block_bytes: ClassVar[int] = 512 << 10  # few calls, and a block still stays in L2
     verbatim: ClassVar[bool] = False
 
     def __init__(self) -> None:
