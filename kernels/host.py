@@ -1,8 +1,8 @@
 """Host memory that two processes share, and copies within it that leave the GIL.
 
-An arena is a file in a memory-backed directory, mapped by the service and by each client on the host.
-Its pages are populated before they are needed: first touch of a fresh page is several times slower
-than a copy.
+An arena is a file in a memory-backed directory, mapped by the service and by each client on the
+host. Its pages are populated before they are needed: first touch of a fresh page is several times
+slower than a copy.
 """
 
 import ctypes
@@ -53,8 +53,8 @@ class SharedMemory:
     def create(cls, path: Path, nbytes: int) -> Self:
         """Make the file and own it until `close`; a file left by a dead owner is replaced.
 
-        Raises AlreadyRunning when a live process owns it, ConfigError when the directory cannot hold
-        `nbytes`.
+        Raises AlreadyRunning when a live process owns it, ConfigError when the directory cannot
+        hold `nbytes`.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -76,8 +76,8 @@ class SharedMemory:
     def open(cls, path: Path, nbytes: int) -> Self:
         """Map a file that another process made.
 
-        Raises ValueError unless it is a regular file of at least `nbytes`, OSError when it cannot be
-        opened.
+        Raises ValueError unless it is a regular file of at least `nbytes`, OSError when it cannot
+        be opened.
         """
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -100,12 +100,13 @@ class SharedMemory:
             yield done + length
 
     def _touch(self, start: int, length: int) -> None:
-        # For kernels before 5.14. A read is enough for tmpfs to give the page, and it changes nothing
-        # that another process may be writing there.
+        # For kernels before 5.14. A read is enough for tmpfs to give the page, and it changes
+        # nothing that another process may be writing there.
         as_bytes_array(self.view[start : start + length])[:: mmap.PAGESIZE].sum()
 
     def close(self, *, unlink: bool) -> None:
-        """Unmap, and remove the file if asked. Memory still viewed by others stays until they let go."""
+        """Unmap, and remove the file if asked. Memory still viewed by others stays until they let
+        go."""
         if unlink:
             self.path.unlink(missing_ok=True)
         try:
@@ -117,7 +118,8 @@ class SharedMemory:
 
 
 def remove_stale(directory: Path, pattern: str) -> list[Path]:
-    """Remove the files of dead owners: those that match the pattern and that nobody holds locked."""
+    """Remove the files of dead owners: those that match the pattern and that nobody holds
+    locked."""
     removed = []
     for path in directory.glob(pattern):
         try:

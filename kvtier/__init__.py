@@ -10,9 +10,9 @@ client = kvtier.open(space, cpu="1GiB")                     # the same, inside t
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__", "connect", "open"]
+from kvtier.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "connect", "open"]
 
 if TYPE_CHECKING:
     from kvtier.client import connect

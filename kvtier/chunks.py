@@ -3,11 +3,12 @@
 A chunk is the KV of a fixed run of tokens over all layers. Its key is a 32-byte digest chained over
 everything before it, so equal keys mean equal whole prefixes in one space:
 
-    key[i] = SHA-256("kvtier.chunk.v1" ‖ parent ‖ u32(tokens) ‖ tokens as u32-LE ‖ u32(len(extra)) ‖ extra)
+    key[i] = SHA-256( "kvtier.chunk.v1" ‖ parent ‖ u32(tokens in the chunk)
+                      ‖ the token ids as u32-LE ‖ u32(bytes of extra) ‖ extra )
 
 where parent is key[i-1], or the space digest for the first chunk. `extra` is what else decides the
-chunk's KV besides the tokens (a LoRA adapter, the hash of an image). Every part has a fixed length or
-is preceded by its length, so no two inputs share an encoding.
+chunk's KV besides the tokens (a LoRA adapter, the hash of an image). Every part has a fixed length
+or is preceded by its length, so no two inputs share an encoding.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ _U32 = struct.Struct("<I")
 class Prefix:
     """A run of consecutive full chunks of one prompt, ready to look up, load or offload.
 
-    Slicing gives a shorter run that still knows its parent: `prefix[8:]` is the prefix from its ninth
-    chunk on, for an engine that already holds the first eight.
+    Slicing gives a shorter run that still knows its parent: `prefix[8:]` is the prefix from its
+    ninth chunk on, for an engine that already holds the first eight.
     """
 
     keys: tuple[ChunkKey, ...]
@@ -67,8 +68,8 @@ class Prefix:
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
     """Token ids as packed little-endian u32, 4 bytes each.
 
-    Takes any sequence of ints; an `array`, NumPy array or other buffer of 4-byte unsigned integers is
-    packed without a loop. Raises InvalidRequest where an id does not fit in 32 bits.
+    Takes any sequence of ints; an `array`, NumPy array or other buffer of 4-byte unsigned integers
+    is packed without a loop. Raises InvalidRequest where an id does not fit in 32 bits.
     """
     try:
         packed = array("I", token_ids)
@@ -89,8 +90,8 @@ def chain(
 ) -> Prefix:
     """The keys of all full chunks of a prompt; a tail shorter than `chunk_tokens` has no key.
 
-    `root` is the space digest (or the key of the chunk before the first token), `packed_tokens` comes
-    from `pack_tokens`. `extra` is mixed into every chunk, or given one per chunk.
+    `root` is the space digest (or the key of the chunk before the first token), `packed_tokens`
+    comes from `pack_tokens`. `extra` is mixed into every chunk, or given one per chunk.
     """
     if len(root) != KEY_BYTES:
         raise InvalidRequest(f"root: {len(root)} bytes given, a digest has {KEY_BYTES}")

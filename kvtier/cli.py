@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from kvtier import __version__
 from kvtier.client import ServiceStats, fetch_stats
 from kvtier.config import Config, default_listen, format_bytes, load
 from kvtier.errors import KvtierError
+from kvtier.version import __version__
 
 _PROGRESS_EVERY_S = 0.1
 

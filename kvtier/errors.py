@@ -1,16 +1,16 @@
 """Every error that kvtier raises.
 
     KvtierError
-    ├── ConfigError        a setting is unknown, malformed or out of range; the service does not start
+    ├── ConfigError        a setting is unknown, malformed or out of range; the service does not sta
     │   └── AlreadyRunning another live service owns the socket, directory or arena
     ├── InvalidRequest     a request breaks the protocol's limits; nothing was changed
     ├── SessionEnded       the session is unknown or over; open a new one
     ├── LimitReached       a configured limit is used up; release something or try later
     └── ServiceStopping    the service is shutting down
 
-A miss, a busy slot, no room and a corrupt chunk are not errors: they are outcomes, returned as values.
-The client raises `InvalidRequest` for its caller's own mistakes only; whatever the service does, its
-operations return a shorter prefix instead.
+A miss, a busy slot, no room and a corrupt chunk are not errors: they are outcomes, returned as
+values. The client raises `InvalidRequest` for its caller's own mistakes only; whatever the service
+does, its operations return a shorter prefix instead.
 
 `status` is the name of the gRPC status code that carries the error over the wire.
 """

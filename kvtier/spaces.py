@@ -36,8 +36,8 @@ CANONICAL_AXES = ",".join(_AXES)
 class Layout:
     """What the bytes of a chunk are: a contiguous array with the given axes, outermost first.
 
-    `planes` is 2 for separate keys and values, 1 for a latent cache (MLA). `heads` counts KV heads of
-    this rank. Raises InvalidRequest when a field is out of range.
+    `planes` is 2 for separate keys and values, 1 for a latent cache (MLA). `heads` counts KV heads
+    of this rank. Raises InvalidRequest when a field is out of range.
     """
 
     dtype: str
@@ -92,8 +92,8 @@ class Space:
     """Everything that must agree before bytes may be shared.
 
     `model` is the engine's name for the model, `weights` the fingerprint of its files (see
-    `kvtier.fingerprint`), `rope` the rotary parameters in the engine's own words, `tenant` a salt that
-    keeps tenants apart. Raises InvalidRequest when a text is longer than 4096 bytes.
+    `kvtier.fingerprint`), `rope` the rotary parameters in the engine's own words, `tenant` a salt
+    that keeps tenants apart. Raises InvalidRequest when a text is longer than 4096 bytes.
     """
 
     model: str
@@ -109,13 +109,15 @@ class Space:
             nbytes = len(value.encode(errors="replace"))
             if nbytes > MAX_TEXT_BYTES:
                 raise InvalidRequest(
-                    f"space.{name}: {nbytes} bytes given, at most {MAX_TEXT_BYTES}; send a hash of it"
+                    f"space.{name}: {nbytes} bytes given, at most {MAX_TEXT_BYTES}; "
+                    "send a hash of it"
                 )
         if not self.model:
             raise InvalidRequest("space.model: empty; name the model whose KV this is")
         if self.format_version != FORMAT_VERSION:
             raise InvalidRequest(
-                f"space.format_version: {self.format_version} given, this build speaks {FORMAT_VERSION}"
+                f"space.format_version: {self.format_version} given, "
+                f"this build speaks {FORMAT_VERSION}"
             )
 
     def named_fields(self) -> dict[str, str]:

@@ -1,10 +1,8 @@
 """The composition root: every class is chosen and joined here, from the configuration."""
 
-import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvtier.config import Config, Cpu, Disk
 from kvtier.kernels.codecs import codec_by_name

@@ -67,8 +67,8 @@ class Cache:
     def open_session(self, client: str, space: Space, *, tethered: bool) -> Session:
         """Connect a client to a space.
 
-        Raises InvalidRequest when the space's chunks cannot fit in the arena, LimitReached when there
-        are too many spaces or sessions.
+        Raises InvalidRequest when the space's chunks cannot fit in the arena, LimitReached when
+        there are too many spaces or sessions.
         """
         if self._stopping:
             raise ServiceStopping("the service is stopping; connect again later")
@@ -129,8 +129,8 @@ class Cache:
     ) -> "tuple[AsyncIterator[Landed], Loading]":
         """Bring the longest held run under a read lease.
 
-        The chunks come from the iterator, which the caller must start at once; why it stopped stands
-        in `stop` of the second value afterwards.
+        The chunks come from the iterator, which the caller must start at once; why it stopped
+        stands in `stop` of the second value afterwards.
         """
         run = self._match(session.branch, keys)
         self._counters.loads += 1

@@ -131,8 +131,9 @@ def open_in_process(
 ) -> Client:
     """A client over a cache in this process: for notebooks, tests and engines without a sidecar.
 
-    `cpu` is the size of the RAM tier, `disk` the directory of the disk tier (none by default). Closing
-    the client writes what RAM still holds to disk. Raises ConfigError when a tier cannot be opened.
+    `cpu` is the size of the RAM tier, `disk` the directory of the disk tier (none by default).
+    Closing the client writes what RAM still holds to disk. Raises ConfigError when a tier cannot be
+    opened.
     """
     core = EmbeddedCore(
         [f"cpu.capacity={cpu}", f"disk.directory={disk}", f"disk.capacity={disk_capacity}"]

@@ -44,7 +44,8 @@ class Leases:
         return len(self._leases)
 
     def open(self, lease_id: int, mode: Mode) -> Lease:
-        """A new lease. Raises InvalidRequest when the id is in use, LimitReached when too many are."""
+        """A new lease. Raises InvalidRequest when the id is in use, LimitReached when too many
+        are."""
         if lease_id in self._leases:
             raise InvalidRequest(f"lease_id: {lease_id} is in use in this session; choose another")
         if len(self._leases) >= LEASES_PER_SESSION:
@@ -79,8 +80,8 @@ class Leases:
         return replica
 
     def end(self, lease: Lease) -> int:
-        """End a lease: unpin what it read, discard what it did not commit. Returns how many chunks of
-        a write lease were discarded."""
+        """End a lease: unpin what it read, discard what it did not commit. Returns how many chunks
+        of a write lease were discarded."""
         del self._leases[lease.id]
         lease.ended = True
         replicas = list(lease.replicas.items())

@@ -37,7 +37,8 @@ class Loading:
     async def chunks(self, run: list[Node], deadline_s: float | None) -> AsyncIterator[Landed]:
         """Yields the chunks of a held run as they land; where it ends early, `stop` says why.
 
-        The run must be held when the first chunk is asked for. `deadline_s` is in seconds from then.
+        The run must be held when the first chunk is asked for. `deadline_s` is in seconds from
+        then.
         """
         until = None if deadline_s is None else time.monotonic() + deadline_s
         try:
@@ -91,15 +92,17 @@ class Loading:
 
     async def _await_landing(self, index: int, until: float | None) -> bool:
         """Wait for one chunk; False when it will not come, with `stop` set."""
-        if self._lease.ended:
+        promotion = self._awaited.get(index)
+        if promotion is None:  # it was in RAM: only the lease's end takes it away
             self.stop = LoadStop.RELEASED
             return False
-        outcome = self._awaited[index].outcome
+        outcome = promotion.outcome
         remaining = None if until is None else max(0.0, until - time.monotonic())
         await asyncio.wait({outcome}, timeout=remaining)
         if self._lease.ended:
             self.stop = LoadStop.RELEASED
-        elif not outcome.done():
+            return False
+        if not outcome.done():
             self.stop = LoadStop.DEADLINE
             self._placement.counters.load_deadlines += 1
         elif index not in self._lease.replicas:

@@ -71,7 +71,8 @@ class Placement:
     # ── RAM ───────────────────────────────────────────────────────────────────────────────────────
 
     def begin_in_ram(self, nbytes: int, begin: Callable[[Slot], Replica]) -> Replica | None:
-        """Enter a replica in a slot of RAM, making room as needed; None when nothing more may go."""
+        """Enter a replica in a slot of RAM, making room as needed; None when nothing more may
+        go."""
         slot = self._room_in_ram(nbytes)
         if slot is None:
             return None
@@ -100,7 +101,8 @@ class Placement:
         return None
 
     def _empty_slab(self, slab: Slab) -> bool:
-        """Move a slab to another layout by evicting all in it; False when something there is leased."""
+        """Move a slab to another layout by evicting all in it; False when something there is
+        leased."""
         doomed: dict[Replica, None] = {}
         for resident in self._residents[slab]:
             for node in resident.node.subtree():

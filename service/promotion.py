@@ -45,7 +45,8 @@ class Promotions:
         return promotion
 
     def leave(self, promotion: Promotion) -> None:
-        """A load no longer waits. A promotion that nobody wants is given up if it has not started."""
+        """A load no longer waits. A promotion that nobody wants is given up if it has not
+        started."""
         promotion.waiters -= 1
         if promotion.waiters == 0 and not promotion.outcome.done() and not promotion.ticket.started:
             promotion.abandoned = True

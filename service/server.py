@@ -35,16 +35,16 @@ _BASE_MESSAGE_BYTES = 4 << 20
 
 @dataclass(slots=True)
 class SocketLock:
-    """Says who owns a unix socket's path. The kernel drops it when the owner dies, so a socket whose
-    lock is free is stale."""
+    """Says who owns a unix socket's path. The kernel drops it when the owner dies, so a socket
+    whose lock is free is stale."""
 
     path: Path
     fd: int
 
     @classmethod
     def take(cls, socket: Path) -> Self:
-        """Own the path and clear it. Raises AlreadyRunning when a live service does, ConfigError when
-        its directory cannot be used."""
+        """Own the path and clear it. Raises AlreadyRunning when a live service does, ConfigError
+        when its directory cannot be used."""
         path = socket.with_name(socket.name + ".lock")
         try:
             socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -110,21 +110,23 @@ async def _start(
     add_HealthServicer_to_server(health, server)
     add_CacheServicer_to_server(Servicer(core.cache, core.explainer), server)
     reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
-    target = f"unix:{socket}" if socket is not None else config.server.listen
-    try:
-        server.add_insecure_port(target)
-    except RuntimeError as error:
-        raise AlreadyRunning(
-            f"server.listen: {config.server.listen} cannot be bound, another program may use it: "
-            f"{error}"
-        ) from None
+    _bind(server, config.server.listen, socket)
     core.start()
     await server.start()
-    if socket is not None:
-        socket.chmod(0o600)
     for name in ("", SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     return server, health
+
+
+def _bind(server: aio.Server, listen: str, socket: Path | None) -> None:
+    try:
+        server.add_insecure_port(f"unix:{socket}" if socket is not None else listen)
+    except RuntimeError as error:
+        raise AlreadyRunning(
+            f"server.listen: {listen} cannot be bound, another program may use it: {error}"
+        ) from None
+    if socket is not None:
+        socket.chmod(0o600)  # whoever may connect may read and write the arena
 
 
 async def _stop(core: Core, server: aio.Server, health: aio_health.HealthServicer) -> bool:

@@ -3,10 +3,10 @@
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
+from typing import Any, TypeAlias
 
 from grpc import aio
 
-from kvtier import __version__
 from kvtier.chunks import ChunkKey
 from kvtier.errors import InvalidRequest
 from kvtier.proto import cache_pb2 as pb
@@ -18,8 +18,9 @@ from kvtier.service.explain import Explainer
 from kvtier.service.leases import Lease
 from kvtier.service.sessions import Session
 from kvtier.transfer.paths import inline
+from kvtier.version import __version__
 
-Context = aio.ServicerContext
+Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 # Read leases of Get calls are the service's own: clients choose 64-bit ids, these lie above.
 _OWN_LEASES = 1 << 64
 
@@ -53,7 +54,7 @@ class Servicer(CacheServicer):
         finally:
             self._cache.end_session(session)
 
-    def _opened(self, session: Session, path: pb.DataPath) -> pb.SessionOpened:
+    def _opened(self, session: Session, path: "pb.DataPath.ValueType") -> pb.SessionOpened:
         region = self._cache.placement.memory.region
         arena = None
         if session.tether is not None:
@@ -164,7 +165,8 @@ class Servicer(CacheServicer):
     async def _receive(
         self, session: Session, lease_id: int, requests: AsyncIterator[pb.PutRequest]
     ) -> tuple[list[int], list[int]]:
-        """Fill the lease's slots; returns the indexes that arrived whole and those that are corrupt."""
+        """Fill the lease's slots; returns the indexes that arrived whole and those that are
+        corrupt."""
         view = self._cache.placement.memory.view
         lease = self._cache.write_lease(session, lease_id)
         assemblies: dict[int, inline.Assembly] = {}

@@ -28,7 +28,8 @@ class Session:
 
 
 class Sessions:
-    """All sessions of the service. `on_discard` is told how many chunks an ended session discarded."""
+    """All sessions of the service. `on_discard` is told how many chunks an ended session
+    discarded."""
 
     def __init__(
         self, index: Index, limit: int, arena_path: Path, on_discard: Callable[[int], None]

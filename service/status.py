@@ -9,7 +9,7 @@ from grpc import aio
 from kvtier.errors import KvtierError
 
 
-class ErrorStatus(aio.ServerInterceptor):  # type: ignore[type-arg,misc]
+class ErrorStatus(aio.ServerInterceptor):
     """Ends a call that raised a KvtierError with that error's status and message."""
 
     async def intercept_service(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 
 from kvtier.service.placement import Placement
 from kvtier.tiers.base import ChunkMeta, Record, StoreJob
@@ -10,8 +11,8 @@ from kvtier.transfer.mover import Mover
 
 
 class WriteBehind:
-    """Chunks that RAM holds and disk does not yet. They cost no memory of their own: one that RAM must
-    give up before its turn is simply not written."""
+    """Chunks that RAM holds and disk does not yet. They cost no memory of their own: one that RAM
+    must give up before its turn is simply not written."""
 
     def __init__(
         self, placement: Placement, mover: Mover, commit_bytes: int, commit_interval_s: float
@@ -62,10 +63,8 @@ class WriteBehind:
     async def _run(self) -> None:
         while True:
             await self._some.wait()
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self._interval_s)
-            except TimeoutError:
-                pass
             batch = self._take()
             if batch:
                 # Shielded: a transaction that has begun must be entered in the index or taken back.
@@ -106,7 +105,8 @@ class WriteBehind:
         return batch
 
     def _writable(self, node: Node) -> Replica | None:
-        """Its RAM replica, if it should still be written: a child is of no use without its parent."""
+        """Its RAM replica, if it should still be written: a child is of no use without its
+        parent."""
         if node.replicas[TierId.DISK] is not None:
             return None
         if node.parent is not None and node.parent.replicas[TierId.DISK] is None:

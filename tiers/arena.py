@@ -1,16 +1,17 @@
 """How one tier's addressable memory is cut into slots: offsets only, no bytes.
 
-Slots of one size are cut from slabs, so that allocation is O(1) and slots of one size never fragment.
-A slab whose last slot is freed goes back to the common pool at once, where neighbours merge: that is
-how memory moves between layouts. A slab is sized to whole slots, so a single layout wastes less than
-one slot of the arena.
+Slots of one size are cut from slabs, so that allocation is O(1) and slots of one size never
+fragment. A slab whose last slot is freed goes back to the common pool at once, where neighbours
+merge: that is how memory moves between layouts. A slab is sized to whole slots, so a single layout
+wastes less than one slot of the arena.
 """
 
 from bisect import insort
 from dataclasses import dataclass, field
 
 SLOT_ALIGN = 4096
-# A slab is about 1/32 of the arena, at most this much: enough slots to amortise, small enough to move.
+# A slab is about 1/32 of the arena, at most this much: enough slots to amortise, small enough to
+# move.
 SLAB_BYTES_MAX = 256 << 20
 
 
@@ -52,7 +53,8 @@ class Arena:
         self._open: dict[int, dict[Slab, None]] = {}
 
     def allocate(self, nbytes: int) -> Slot | None:
-        """A slot of at least `nbytes`, or None when there is neither a free slot nor a free slab."""
+        """A slot of at least `nbytes`, or None when there is neither a free slot nor a free
+        slab."""
         slot_bytes = slot_bytes_of(nbytes)
         open_slabs = self._open.setdefault(slot_bytes, {})
         if not open_slabs:

@@ -8,7 +8,6 @@ from typing import Protocol, TypeVar
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 
-
 ChunkT = TypeVar("ChunkT", bound=Hashable)
 
 
@@ -45,7 +44,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """A chunk to be written: its committed bytes stay valid and unchanged until the store returns."""
+    """A chunk to be written: its committed bytes stay valid and unchanged until the store
+    returns."""
 
     meta: ChunkMeta
     source: memoryview

@@ -17,8 +17,12 @@ PAGE_BYTES = mmap.PAGESIZE  # LMDB takes the system's
 # pages exactly, so that freed extents and new ones fit each other.
 PAGE_HEADER_BYTES = 16
 EXTENT_BYTES = (1 << 20) - PAGE_HEADER_BYTES
-# When free space is in pieces, extents of this size still find room.
-SMALL_EXTENT_BYTES = (1 << 17) - PAGE_HEADER_BYTES
+# When free space is in pieces, smaller extents still find room.
+EXTENT_LADDER = (
+    EXTENT_BYTES,
+    (1 << 17) - PAGE_HEADER_BYTES,
+    (1 << 14) - PAGE_HEADER_BYTES,
+)
 NO_PAGE = 0  # page 0 is LMDB's own, so it never holds an extent
 
 _HEADER = struct.Struct("<Q32s32s32sdQQIIBB2x")
@@ -149,7 +153,7 @@ def charge(extent_bytes: list[int], blocks: int) -> int:
     return pages * PAGE_BYTES + nodes * _LEAST_FILL
 
 
-def extent_sizes(nbytes: int, extent_bytes: int = EXTENT_BYTES) -> list[int]:
+def extent_sizes(nbytes: int, extent_bytes: int) -> list[int]:
     """How `nbytes` of encoded chunk are cut."""
     whole, rest = divmod(nbytes, extent_bytes)
     return [extent_bytes] * whole + [rest] * (rest > 0)

@@ -21,11 +21,10 @@ from kvtier.kernels.codecs import Codec, codec_by_id
 from kvtier.tiers.base import Record, StoreJob
 from kvtier.tiers.disk_file import NEXT_ID_KEY, DataFile, ViewTransaction
 from kvtier.tiers.disk_format import (
-    EXTENT_BYTES,
+    EXTENT_LADDER,
     NO_PAGE,
     PAGE_BYTES,
     PAGE_HEADER_BYTES,
-    SMALL_EXTENT_BYTES,
     Extent,
     Header,
     StoredChunk,
@@ -129,6 +128,7 @@ class ChunkWriter:
         self._next_id = next_id
         self._cooling = [0, 0]  # bytes that the last two commits freed: not yet reusable
         self._commits = 0
+        self._rung = 0  # of the extent ladder, where the last transaction found room
         self._encoder = ThreadPoolExecutor(1, "kvtier-disk-encode")
 
     def close(self) -> None:
@@ -160,14 +160,15 @@ class ChunkWriter:
         freed = sum(record.stored_bytes for record in left)
         if used_bytes + worst + freed + sum(self._cooling) > self._budget_bytes:
             self._settle(left)
-        try:
-            return self._transact(jobs, left)
-        except lmdb.MapFullError:
-            self._settle(left)
-        try:
-            return self._transact(jobs, left)
-        except lmdb.MapFullError:
-            return self._transact(jobs, left, SMALL_EXTENT_BYTES)
+        for rung in range(max(0, self._rung - 1), len(EXTENT_LADDER)):
+            try:
+                records = self._transact(jobs, left, EXTENT_LADDER[rung])
+            except lmdb.MapFullError:
+                self._settle(left)
+            else:
+                self._rung = rung
+                return records
+        raise lmdb.MapFullError("free space is in pieces too small")
 
     def _settle(self, left: list[Record]) -> None:
         """Make every page reusable that deletes have given up so far."""
@@ -177,7 +178,7 @@ class ChunkWriter:
         self._cooling = [0, 0]
 
     def _transact(
-        self, jobs: list[StoreJob], left: list[Record], extent_bytes: int = EXTENT_BYTES
+        self, jobs: list[StoreJob], left: list[Record], extent_bytes: int = EXTENT_LADDER[0]
     ) -> list[Record]:
         """One durable transaction: the first of the deletes, taken off `left`, and all jobs."""
         deletes = _first(left)
@@ -267,7 +268,7 @@ def append(txn: ViewTransaction, key: bytes, value: bytes | memoryview, db: Any)
 def worst_charge(nbytes: int) -> int:
     """The most of the capacity that a chunk of `nbytes` can take, however it is cut and encoded."""
     blocks = -(-nbytes // _LEAST_BLOCK_BYTES)
-    return charge(extent_sizes(nbytes, SMALL_EXTENT_BYTES), blocks)
+    return charge(extent_sizes(nbytes, EXTENT_LADDER[-1]), blocks)
 
 
 def _page_of(txn: ViewTransaction, file: DataFile, key: bytes) -> int:

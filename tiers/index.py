@@ -4,13 +4,13 @@ Pure and synchronous: no I/O, no locks, no clock. It is touched by the event loo
 
 A chunk is *held* when a tier has a READY replica of it. The tree keeps two promises:
 
-- a held chunk's ancestors are held (DESIGN I4): eviction takes leaves, and what removes an inner chunk
-  removes everything under it;
-- a replica is released to its tier exactly once, when it has left the tree and nobody has it pinned
-  (I3): removing a pinned replica detaches it, and the last unpin releases it.
+- a held chunk's ancestors are held: eviction takes leaves, and what removes an inner chunk removes
+  everything under it;
+- a replica is released to its tier exactly once, when it has left the tree and nobody has it
+  pinned: removing a pinned replica detaches it, and the last unpin releases it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -37,8 +37,8 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One tier's copy of a chunk. `place` is a Slot in an arena, a Record in a store, or None while a
-    store has not said yet."""
+    """One tier's copy of a chunk. `place` is a Slot in an arena, a Record in a store, or None while
+    a store has not said yet."""
 
     node: "Node"
     tier: TierId
@@ -133,7 +133,7 @@ class Index:
     """The chunks of all spaces. `release` gets each replica that its tier may reuse."""
 
     def __init__(
-        self, policies: dict[TierId, Policy[Node]], release: Callable[[Replica], None]
+        self, policies: Mapping[TierId, Policy[Node]], release: Callable[[Replica], None]
     ) -> None:
         self._policies = policies
         self._release = release
@@ -180,8 +180,8 @@ class Index:
         return run
 
     def touch(self, run: Sequence[Node]) -> None:
-        """Note the use of a run of chunks, last one first: a parent is never older than its child, so
-        that an order by recency gives up leaves first."""
+        """Note the use of a run of chunks, last one first: a parent is never older than its child,
+        so that an order by recency gives up leaves first."""
         for node in reversed(run):
             for tier, policy in self._policies.items():
                 if node.ready(tier):
@@ -207,7 +207,7 @@ class Index:
         tier: TierId,
         place: Slot | Record | None,
     ) -> Replica:
-        """Enter a replica that is about to be written. The parent is in the tree, or is the root."""
+        """Enter a replica about to be written. The parent is in the tree, or is the root."""
         node = branch.nodes.get(key)
         if node is None:
             node = Node(branch, key, branch.nodes.get(parent), created_s)
@@ -247,7 +247,7 @@ class Index:
     # ── giving up ─────────────────────────────────────────────────────────────────────────────────
 
     def victims(self, tier: TierId) -> Iterator[Replica]:
-        """Replicas that may be dropped now, in the policy's order; the caller may drop what it got."""
+        """Replicas that may be dropped now, in the policy's order; the caller may do so."""
         for node in self._policies[tier].victims():
             replica = node.ready(tier)
             if replica is not None and self.is_evictable(replica):

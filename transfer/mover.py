@@ -1,7 +1,7 @@
 """How bytes move between RAM and a store: in order of urgency, bounded, joinable and cancellable.
 
-Loads that a client waits for go first, prefetches after them, and writes behind only while no client
-waits. The mover lives on the event loop; the copies run on the store's own threads.
+Loads that a client waits for go first, prefetches after them, and writes behind only while no
+client waits. The mover lives on the event loop; the copies run on the store's own threads.
 """
 
 import asyncio
@@ -66,7 +66,8 @@ class Mover:
         return self
 
     def load(self, record: Record, into: memoryview, priority: Priority) -> Ticket:
-        """Queue a load of one chunk into a RAM span that stays reserved until the outcome is known."""
+        """Queue a load of one chunk into a RAM span that stays reserved until the outcome is
+        known."""
         ticket = Ticket(record, into, priority, asyncio.get_running_loop().create_future())
         self._push(ticket)
         return ticket

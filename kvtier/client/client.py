@@ -1,7 +1,7 @@
 """The client: `connect` to a service, then look up, load and offload prefixes.
 
-Fail-open: whatever the service is or does, an operation returns within its deadline with less than was
-asked for. It raises InvalidRequest for its caller's own mistakes only.
+Fail-open: whatever the service is or does, an operation returns within its deadline with less than
+was asked for. It raises InvalidRequest for its caller's own mistakes only.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,8 +78,8 @@ class Client:
         self._buffers = Buffers(_KEEP_BUFFERS_BYTES)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until the service is connected; False when time ran out. Nothing needs this call: until
-        then every operation is a miss."""
+        """Wait until the service is connected; False when time ran out. Nothing needs this call:
+        until then every operation is a miss."""
         return self._connection.wait_ready(timeout_s)
 
     @property
@@ -90,8 +90,9 @@ class Client:
     def prefix(self, token_ids: Sequence[int], extra: bytes | Sequence[bytes] = b"") -> Prefix:
         """The keys of a prompt's full chunks.
 
-        `token_ids` is the prompt from its first token. `extra` is what else decides the KV: one value
-        for all chunks, or one per chunk. Raises InvalidRequest for ids that do not fit in 32 bits.
+        `token_ids` is the prompt from its first token. `extra` is what else decides the KV: one
+        value for all chunks, or one per chunk. Raises InvalidRequest for ids that do not fit in 32
+        bits.
         """
         packed = pack_tokens(token_ids)
         return chain(self._digest, packed, self.space.layout.tokens, extra)
@@ -235,9 +236,10 @@ def connect(
     """A client of the service at "unix:///path/to.sock" or "host:port".
 
     Returns at once, whether or not a service is there; it is connected in the background, and again
-    whenever it comes back. `deadline_s` is the most that an operation may take. `path` forces a data
-    path; by default shm is used, and inline where the target is not a unix socket. `name` tells the
-    client apart in the service's statistics. Raises InvalidRequest for a malformed target or path.
+    whenever it comes back. `deadline_s` is the most that an operation may take. `path` forces a
+    data path; by default shm is used, and inline where the target is not a unix socket. `name`
+    tells the client apart in the service's statistics. Raises InvalidRequest for a malformed target
+    or path.
     """
     grpc_target(target)
     if path is None:
@@ -253,7 +255,7 @@ def connect_through(
     make_transport: Callable[[], Transport],
     space: Space,
     deadline_s: float = DEFAULT_DEADLINE_S,
-    path: "pb.DataPath" = pb.DATA_PATH_SHM,
+    path: "pb.DataPath.ValueType" = pb.DATA_PATH_SHM,
     name: str = "python",
     on_close: Callable[[], None] = lambda: None,
 ) -> Client:

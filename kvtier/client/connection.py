@@ -1,8 +1,8 @@
 """Keeps a session open, in the background, so that no request ever waits for a connection.
 
 While there is no session every operation of the client is a miss that costs nothing. This is the
-circuit: repeated failure drops the session, and the background thread opens a new one when the service
-answers again, after growing pauses if sessions keep failing.
+circuit: repeated failure drops the session, and the background thread opens a new one when the
+service answers again, after growing pauses if sessions keep failing.
 """
 
 import logging
@@ -30,7 +30,7 @@ class Connection:
         make_transport: Callable[[], Transport],
         space: Space,
         client: str,
-        paths: list["pb.DataPath"],
+        paths: "list[pb.DataPath.ValueType]",
     ) -> None:
         self._make_transport = make_transport
         self._request = pb.OpenSessionRequest(client=client, space=to_message(space), paths=paths)

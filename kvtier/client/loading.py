@@ -21,8 +21,8 @@ _GRACE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class LoadedChunk:
-    """One chunk of a load. `data` is read-only, has exactly the layout's bytes, and is valid until the
-    load's `with` block ends."""
+    """One chunk of a load. `data` is read-only, has exactly the layout's bytes, and is valid until
+    the load's `with` block ends."""
 
     index: int
     data: memoryview
@@ -54,8 +54,8 @@ class Buffers:
 
 
 class Loaded:
-    """Chunks of a prefix in order, as they land. Ends early where the service has no more, fails or is
-    too late: a shorter prefix, never an exception.
+    """Chunks of a prefix in order, as they land. Ends early where the service has no more, fails or
+    is too late: a shorter prefix, never an exception.
 
     Use it as a context manager, iterate it once, and do not keep `data` beyond the block.
     """

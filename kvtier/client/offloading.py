@@ -22,7 +22,7 @@ _REFUSALS = {
     pb.RESERVE_STATUS_PARENT_MISSING: "the chunk before it is not held",
     pb.RESERVE_STATUS_LEASE_LIMIT: "this session has reserved all it may",
 }
-_COMMIT_REFUSALS = {
+_COMMIT_REFUSALS: dict[int, str] = {
     pb.COMMIT_STATUS_PARENT_MISSING: "the chunk before it was not committed",
     pb.COMMIT_STATUS_NOT_RESERVED: "the reservation was lost",
     pb.COMMIT_STATUS_CORRUPT: "it arrived with a wrong checksum",
@@ -42,8 +42,8 @@ class Offloaded:
 
 @dataclass(frozen=True, slots=True)
 class WriteSlot:
-    """Room for one chunk. `data` is writable, has exactly the layout's bytes, and is valid until the
-    loop goes on to the next slot."""
+    """Room for one chunk. `data` is writable, has exactly the layout's bytes, and is valid until
+    the loop goes on to the next slot."""
 
     index: int
     data: memoryview
@@ -228,5 +228,6 @@ class _Batch:
 
 
 def time_to_send(nbytes: int) -> float:
-    """Seconds to allow for sending so many bytes inline, at a tenth of what gRPC reaches locally."""
+    """Seconds to allow for sending so many bytes inline, at a tenth of what gRPC reaches
+    locally."""
     return nbytes / 50e6

@@ -31,8 +31,8 @@ class Attached:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One open session. `users` counts the loads and offloads that may touch its memory: the arena is
-    let go when the session is over and the last of them has left."""
+    """One open session. `users` counts the loads and offloads that may touch its memory: the arena
+    is let go when the session is over and the last of them has left."""
 
     id: bytes
     transport: Transport

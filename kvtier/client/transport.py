@@ -1,4 +1,5 @@
-"""How a client's messages reach a service: over gRPC, or within the process (`service/embedded.py`)."""
+"""How a client's messages reach a service: over gRPC, or within the process
+(`service/embedded.py`)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -9,7 +10,7 @@ from google.protobuf.message import Message
 from kvtier.errors import InvalidRequest, KvtierError
 from kvtier.proto.cache_pb2_grpc import CacheStub
 
-AnswerT = TypeVar("AnswerT", bound=Message, covariant=True)
+AnswerT_co = TypeVar("AnswerT_co", bound=Message, covariant=True)
 
 # What a transport raises when the service is absent, slow, dead or talks nonsense. Whoever sends a
 # message to a service must expect each of these, and nothing else. ValueError: a closed channel.
@@ -23,11 +24,11 @@ _OPTIONS = (
 )
 
 
-class Stream(Protocol[AnswerT]):
+class Stream(Protocol[AnswerT_co]):
     """Messages from the service, until it ends the call or `cancel` does."""
 
-    def __iter__(self) -> Iterator[AnswerT]: ...
-    def __next__(self) -> AnswerT: ...
+    def __iter__(self) -> Iterator[AnswerT_co]: ...
+    def __next__(self) -> AnswerT_co: ...
     def cancel(self) -> object: ...
 
 

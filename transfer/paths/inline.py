@@ -1,7 +1,8 @@
 """The `inline` data path: bytes in streamed messages, for clients that cannot map the arena.
 
-Both ends are here: how a chunk is cut into messages, and how messages are put together again without
-believing anything they say. Each chunk's last message carries its checksum, because TCP's is weak.
+Both ends are here: how a chunk is cut into messages, and how messages are put together again
+without believing anything they say. Each chunk's last message carries its checksum, because TCP's
+is weak.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,11 @@
-"""The `shm` data path: client and service map the same arena; the client copies in and out of slots.
+"""The `shm` data path: client and service map the same arena; the client copies in and out of
+slots.
 
-Both ends are here. The service offers the arena's file and, per session, a tether: a small file that
-the client keeps locked for as long as it may touch a slot. When a session's stream breaks, the
-service cannot tell a dead client from one that is only cut off and still copying; the kernel can, and
-it drops the lock exactly when the process dies or says it is done. Until then the session's slots stay
-leased (DESIGN I3), so no broken connection can tear a chunk.
+Both ends are here. The service offers the arena's file and, per session, a tether: a small file
+that the client keeps locked for as long as it may touch a slot. When a session's stream breaks, the
+service cannot tell a dead client from one that is only cut off and still copying; the kernel can,
+and it drops the lock exactly when the process dies or says it is done. Until then the session's
+slots stay leased (DESIGN I3), so no broken connection can tear a chunk.
 """
 
 import fcntl
