@@ -18,7 +18,6 @@ class Promotion:
     target: Replica
     ticket: Ticket
     waiters: int = 0
-    abandoned: bool = False
 
     @property
     def outcome(self) -> "Future[Outcome]":
@@ -49,8 +48,8 @@ class Promotions:
         started."""
         promotion.waiters -= 1
         if promotion.waiters == 0 and not promotion.outcome.done() and not promotion.ticket.started:
-            promotion.abandoned = True
             promotion.ticket.cancel()
+            self._finish(promotion, Outcome.FAILED)  # now, so that nobody can join what is over
 
     def _start(self, node: Node, priority: Priority) -> Promotion | None:
         source = node.ready(TierId.DISK)
@@ -72,6 +71,8 @@ class Promotions:
 
     def _finish(self, promotion: Promotion, outcome: Outcome) -> None:
         node = promotion.source.node
+        if self._live.get(node) is not promotion:
+            return  # given up before its outcome was known
         index, counters = self._placement.index, self._placement.counters
         del self._live[node]
         if outcome is Outcome.HIT and index.commit(promotion.target):
@@ -81,6 +82,6 @@ class Promotions:
         if outcome is Outcome.CORRUPT:
             counters.corrupt_chunks += 1
             self._placement.lose(node, Loss.CORRUPT, "its checksum on disk was wrong")
-        elif outcome is Outcome.MISS and not promotion.abandoned:
+        elif outcome is Outcome.MISS:
             self._placement.lose(node, Loss.CORRUPT, "the disk tier no longer had it")
         index.unpin(promotion.source)

@@ -32,9 +32,9 @@ class Ticket:
     started: bool = False
 
     def cancel(self) -> bool:
-        """Give up a load that has not started (its outcome is then MISS); False once it has."""
+        """Give up a load that has not started: its outcome is then FAILED. False once it has."""
         if not self.started and not self.outcome.done():
-            self.outcome.set_result(Outcome.MISS)
+            self.outcome.set_result(Outcome.FAILED)
         return not self.started
 
 
@@ -85,7 +85,7 @@ class Mover:
         return await self._store.store(jobs)
 
     async def close(self) -> None:
-        """Stop the lanes. Waiting loads end as MISS, running ones finish first."""
+        """Stop the lanes. Waiting loads end as FAILED, running ones finish first."""
         for _, _, ticket in self._lanes.waiting:
             ticket.cancel()
         self._lanes.waiting.clear()

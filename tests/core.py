@@ -1,0 +1,132 @@
+"""A cache without a wire, over a fake store, for tests of decisions."""
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.chunks import ChunkKey, Prefix, chain, pack_tokens
+from kvtier.config import Limits
+from kvtier.kernels.host import SharedMemory
+from kvtier.metrics import Counters
+from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
+from kvtier.service.cache import Cache, Rules
+from kvtier.service.history import History
+from kvtier.service.leases import Lease
+from kvtier.service.placement import Memory, Placement
+from kvtier.service.promotion import Promotions
+from kvtier.service.sessions import Session, Sessions
+from kvtier.service.write_behind import WriteBehind
+from kvtier.spaces import Layout, Space
+from kvtier.tiers.index import TierId
+from kvtier.transfer.mover import Mover
+from tests.fakes import MemoryStore
+
+CHUNK_TOKENS = 4
+SLOT_BYTES = 4096
+
+
+def space(**changes: str) -> Space:
+    """A space whose chunks fill one 4 KiB slot each."""
+    fields = {"model": "m"} | changes
+    return Space(layout=Layout("int8", 4, 2, 64, tokens=CHUNK_TOKENS, planes=2), **fields)
+
+
+@dataclass
+class Harness:
+    """The parts of a cache, and the steps that tests take."""
+
+    cache: Cache
+    placement: Placement
+    store: MemoryStore
+    write_behind: WriteBehind
+    promotions: Promotions
+    clock_s: list[float]
+    _lease_ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+
+    def session(self, of: Space | None = None) -> Session:
+        return self.cache.open_session("test", of or space(), tethered=False)
+
+    def prefix(self, session: Session, tokens: Sequence[int]) -> Prefix:
+        return chain(session.branch.digest, pack_tokens(tokens), CHUNK_TOKENS)
+
+    def chain_of(self, session: Session, chunks: int, seed: int = 0) -> Prefix:
+        return self.prefix(session, [seed * 100_000 + n for n in range(chunks * CHUNK_TOKENS)])
+
+    def reserve(self, session: Session, prefix: Prefix) -> tuple[int, list[ReserveOutcome]]:
+        """Reserve and fill each granted slot with the first byte of its key."""
+        lease_id = next(self._lease_ids)
+        answers = self.cache.reserve(session, lease_id, prefix.keys, prefix.parent)
+        for key, answer in zip(prefix, answers, strict=True):
+            if answer.slot is not None:
+                self.placement.memory.view(answer.slot)[:] = content(key)
+        return lease_id, [answer.outcome for answer in answers]
+
+    def put(self, session: Session, prefix: Prefix) -> list[ReserveOutcome]:
+        """Reserve, fill and commit."""
+        lease_id, outcomes = self.reserve(session, prefix)
+        granted = [i for i, outcome in enumerate(outcomes) if outcome is ReserveOutcome.WRITE]
+        stored = self.cache.commit(session, lease_id, granted)
+        assert stored == [CommitOutcome.STORED] * len(granted)
+        return outcomes
+
+    async def get(
+        self, session: Session, prefix: Prefix, deadline_s: float | None = None
+    ) -> tuple[int, LoadStop, Lease]:
+        """Load, check every byte; returns how many chunks came and why no more."""
+        lease = self.cache.open_read(session, next(self._lease_ids))
+        chunks, loading = self.cache.load(session, lease, prefix.keys, deadline_s)
+        came = 0
+        async for landed in chunks:
+            for index, slot in landed.chunks:
+                assert index == came
+                assert bytes(self.placement.memory.view(slot)) == content(prefix.keys[index])
+                came += 1
+        return came, loading.stop, lease
+
+    def only_on_disk(self) -> None:
+        """Drop every RAM replica that may go."""
+        index = self.placement.index
+        while (victim := next(index.victims(TierId.CPU), None)) is not None:
+            index.drop(victim)
+
+
+def content(key: ChunkKey) -> bytes:
+    """What the tests store under a key."""
+    return key * (SLOT_BYTES // len(key))
+
+
+@asynccontextmanager
+async def harness(
+    directory: Path,
+    slots: int = 64,
+    *,
+    store: MemoryStore | None = None,
+    ttl_s: float = 0.0,
+    limits: Limits | None = None,
+    session_lease_percent: int = 100,
+) -> AsyncIterator[Harness]:
+    """A running cache with room for so many chunks in RAM."""
+    store = store or MemoryStore()
+    limits = limits or Limits(session_lease_percent=session_lease_percent)
+    clock_s = [1000.0]
+    counters, history = Counters(), History(limits.history)
+    memory = Memory(SharedMemory.create(directory / "test.arena", slots * SLOT_BYTES))
+    placement = Placement(memory, store, history, counters, lambda: clock_s[0])
+    mover = Mover(store, loads_in_flight=2).start()
+    promotions = Promotions(placement, mover)
+    write_behind = WriteBehind(placement, mover, 1 << 20, 0.001)
+    placement.on_commit = write_behind.add
+    write_behind.start()
+    sessions = Sessions(placement.index, limits.sessions, memory.region.path, counters.add_aborted)
+    cache = Cache(placement, promotions, sessions, Rules(ttl_s, limits))
+    try:
+        yield Harness(cache, placement, store, write_behind, promotions, clock_s)
+        placement.index.check()
+    finally:
+        store.gate.set()
+        await sessions.close()
+        await write_behind.close()
+        await mover.close()
+        memory.region.close(unlink=True)
