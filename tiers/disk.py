@@ -14,7 +14,7 @@ from kvtier.errors import ConfigError
 from kvtier.kernels.codecs import Codec, codec_by_id
 from kvtier.spaces import Space
 from kvtier.tiers.base import Outcome, Record, StoreJob
-from kvtier.tiers.disk_file import DAMAGED_MARK, DataFile, Survivors, own_directory
+from kvtier.tiers.disk_file import DAMAGED_MARK, DataFile, Survivors, opened, own_directory
 from kvtier.tiers.disk_format import PAGE_BYTES
 from kvtier.tiers.disk_read import ChunkReader, ReadersAtWork
 from kvtier.tiers.disk_shrink import open_within
@@ -55,13 +55,13 @@ class DiskTier:
     is either durable and whole or gone, whatever happens to the process.
     """
 
-    def __init__(self, opened: _Opened, codec: Codec, read_threads: int) -> None:
+    def __init__(self, owned: _Opened, codec: Codec, read_threads: int) -> None:
         """For `open`."""
         codecs = codec_by_id() | {codec.id: codec}
         readers = ReadersAtWork()
-        file, found, map_bytes = opened.file, opened.found, opened.map_bytes
-        self._directory = opened.directory
-        self._lock = opened.lock
+        file, found, map_bytes = owned.file, owned.found, owned.map_bytes
+        self._directory = owned.directory
+        self._lock = owned.lock
         self._file = file
         self._capacity_bytes = map_bytes - _reserve_bytes(map_bytes)
         self._live = found.records
@@ -99,11 +99,11 @@ class DiskTier:
         try:
             map_bytes = (capacity_bytes - _BESIDE_BYTES) // PAGE_BYTES * PAGE_BYTES
             budget = map_bytes - _reserve_bytes(map_bytes)
-            file, found = open_within(directory, map_bytes, budget)
+            file, found = open_within(directory, map_bytes, budget, lock)
             if found.damaged:
                 _log.warning("disk tier: %d damaged records were dropped", found.damaged)
-            opened = _Opened(directory, lock, file, found, map_bytes)
-            return cls(opened, codec, read_threads)
+            opened(lock)
+            return cls(_Opened(directory, lock, file, found, map_bytes), codec, read_threads)
         except BaseException:
             os.close(lock)
             raise

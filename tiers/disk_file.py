@@ -47,6 +47,7 @@ STARTS_KEY = b"starts"
 _MOST_MISSING_BYTES = 64 << 20
 _READERS = 128
 _SWEPT_PER_COMMIT = 512
+_MOST_DEATHS = 4
 # What speaks of the medium or of permissions, not of the file's content.
 _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.ReadonlyError, lmdb.ReadersFullError)
 
@@ -85,8 +86,10 @@ class Survivors:
 def own_directory(directory: Path) -> int:
     """Create the directory if need be and lock it; returns the lock's descriptor.
 
-    The kernel drops the lock with the process. Raises AlreadyRunning when another process has it,
-    ConfigError when the directory cannot be used.
+    The kernel drops the lock with the process. The lock file holds our pid, and how many starts in a
+    row have died before `opened`: LMDB may abort the process on a damaged tree, and that must not
+    happen for ever. Raises AlreadyRunning when another process has the directory, ConfigError when
+    it cannot be used.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -98,20 +101,36 @@ def own_directory(directory: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        holder = os.pread(lock, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        holder, _ = _read_lock(lock)
         os.close(lock)
         raise AlreadyRunning(
             f"disk.directory: {directory} is in use by the process with pid {holder}"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    _write_lock(lock, _read_lock(lock)[1] + 1)
     return lock
 
 
-def open_or_start_empty(directory: Path, map_bytes: int) -> tuple[DataFile, Survivors]:
+def opened(lock: int) -> None:
+    """Note that the start got through."""
+    _write_lock(lock, 0)
+
+
+def _read_lock(lock: int) -> tuple[str, int]:
+    """The pid in the lock file, and the count of failed starts."""
+    pid, _, deaths = os.pread(lock, 64, 0).decode("ascii", "replace").partition(" ")
+    return pid.strip() or "unknown", int(deaths) if deaths.strip().isdigit() else 0
+
+
+def _write_lock(lock: int, deaths: int) -> None:
+    text = f"{os.getpid()} {deaths}\n".encode()
+    os.pwrite(lock, text, 0)
+    os.ftruncate(lock, len(text))
+
+
+def open_or_start_empty(directory: Path, map_bytes: int, lock: int) -> tuple[DataFile, Survivors]:
     """Open the directory's data file; move a damaged one aside and start a new one.
 
-    The caller owns the directory. Raises ConfigError for another format version, or when not even a
+    `lock` is what `own_directory` returned. Raises ConfigError for another format version, or when not even a
     new file can be made.
     """
     (directory / READERS_FILE).unlink(missing_ok=True)  # of a dead process: we are alone here
@@ -119,6 +138,9 @@ def open_or_start_empty(directory: Path, map_bytes: int) -> tuple[DataFile, Surv
     try:
         if mark.exists():
             raise DamagedFile("the last run met damage while writing")
+        deaths = _read_lock(lock)[1] - 1
+        if deaths >= _MOST_DEATHS:
+            raise DamagedFile(f"the last {deaths} starts died opening it")
         return open_data_file(directory / DATA_FILE, map_bytes)
     except (DamagedFile, DamagedRecord, lmdb.Error) as error:
         if isinstance(error, _NOT_DAMAGE):
@@ -162,7 +184,7 @@ def _open(path: Path, map_bytes: int) -> DataFile:
         lib_version=0,
     )
     try:
-        _check_length(env, path)
+        _settle_length(env, path, map_bytes)
         if env.stat()["psize"] != PAGE_BYTES:
             raise ConfigError(f"{path} has pages of {env.stat()['psize']} bytes, not {PAGE_BYTES}")
         head, spaces, meta, data = map(env.open_db, (b"head", b"spaces", b"meta", b"data"))
@@ -172,14 +194,20 @@ def _open(path: Path, map_bytes: int) -> DataFile:
         raise
 
 
-def _check_length(env: lmdb.Environment, path: Path) -> None:
-    """Make every page that LMDB may touch exist: a mapped page past the end would be SIGBUS."""
-    needed = (env.info()["last_pgno"] + 1) * PAGE_BYTES
-    missing = needed - path.stat().st_size
+def _settle_length(env: lmdb.Environment, path: Path, map_bytes: int) -> None:
+    """Make the file as long as the map, with a hole at its end.
+
+    Touching a mapped page past the end of the file is SIGBUS, and a damaged tree may lead there.
+    """
+    missing = taken_bytes(env) - path.stat().st_size
     if missing > _MOST_MISSING_BYTES:
-        raise DamagedFile(f"{missing} of {needed} bytes are missing at its end")
-    if missing > 0:
-        os.truncate(path, needed)
+        raise DamagedFile(f"{missing} of {taken_bytes(env)} bytes are missing at its end")
+    os.truncate(path, max(map_bytes, taken_bytes(env)))
+
+
+def taken_bytes(env: lmdb.Environment) -> int:
+    """Where the last page lies that LMDB ever used; the file cannot be cut before it."""
+    return (env.info()["last_pgno"] + 1) * PAGE_BYTES
 
 
 def _check_version(file: DataFile) -> None:

@@ -72,7 +72,7 @@ class ChunkReader:
         self._codecs = codecs
         self._readers = readers
         self._fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._least_bytes = os.fstat(self._fd).st_size
+        self._bytes = os.fstat(self._fd).st_size
         self._scratch = threading.local()
 
     def close(self) -> None:
@@ -100,11 +100,10 @@ class ChunkReader:
     def _truncated(self) -> bool:
         """Has somebody cut the file while it is mapped? It never gets shorter by itself."""
         size = os.fstat(self._fd).st_size
-        if size < self._least_bytes:
-            _log.error("disk tier: %s was truncated while in use", self._file.path)
-            return True
-        self._least_bytes = size
-        return False
+        if size >= self._bytes:
+            return False
+        _log.error("disk tier: %s was truncated while in use", self._file.path)
+        return True
 
     def _load(
         self, txn: BytesTransaction, record: Record, chunk: StoredChunk, into: memoryview

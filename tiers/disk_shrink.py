@@ -23,6 +23,7 @@ from kvtier.tiers.disk_file import (
     ViewTransaction,
     open_data_file,
     open_or_start_empty,
+    taken_bytes,
 )
 from kvtier.tiers.disk_format import (
     DamagedRecord,
@@ -39,18 +40,20 @@ _NEW_FILE = DATA_FILE + ".new"
 _COPIED_PER_COMMIT = 32 << 20
 
 
-def open_within(directory: Path, map_bytes: int, budget_bytes: int) -> tuple[DataFile, Survivors]:
+def open_within(
+    directory: Path, map_bytes: int, budget_bytes: int, lock: int
+) -> tuple[DataFile, Survivors]:
     """Open the directory's data file, at most `map_bytes` long.
 
     A longer one is copied with as many chunks as fit in `budget_bytes`; where that fails, for want
     of space say, the tier starts empty. Raises ConfigError as `open_or_start_empty`.
     """
     _remove_new(directory)
-    file, found = open_or_start_empty(directory, map_bytes)
-    size = file.path.stat().st_size
+    file, found = open_or_start_empty(directory, map_bytes, lock)
+    size = taken_bytes(file.env)
     if size <= map_bytes:
         return file, found
-    _log.warning("disk tier: %s has %d bytes, %d allowed: copying it", file.path, size, map_bytes)
+    _log.warning("disk tier: %s takes %d bytes, %d allowed: copying it", file.path, size, map_bytes)
     try:
         _copy_to_new(directory, file, found, map_bytes, list(_fitting(found.records, budget_bytes)))
         file.close()
@@ -61,7 +64,7 @@ def open_within(directory: Path, map_bytes: int, budget_bytes: int) -> tuple[Dat
         file.path.unlink()
     _remove_new(directory)
     (directory / READERS_FILE).unlink(missing_ok=True)
-    return open_or_start_empty(directory, map_bytes)
+    return open_or_start_empty(directory, map_bytes, lock)
 
 
 def _fitting(records: dict[int, Record], budget_bytes: int) -> Iterator[Record]:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import lmdb
@@ -238,13 +239,9 @@ class ChunkWriter:
         )
 
     def _delete(self, txn: ViewTransaction, record: Record) -> None:
-        key = meta_key(record.id)
-        txn.delete(key, db=self._file.meta)
-        with txn.cursor(db=self._file.data) as cursor:
-            found = cursor.set_range(key)
-            while found and id_of(bytes(cursor.key())) == record.id:
-                cursor.delete()
-                found = bool(cursor.key())
+        txn.delete(meta_key(record.id), db=self._file.meta)
+        for key in _extent_keys(txn, self._file, record.id):
+            txn.delete(key, db=self._file.data)
 
 
 def put_extents(
@@ -269,6 +266,15 @@ def worst_charge(nbytes: int) -> int:
     """The most of the capacity that a chunk of `nbytes` can take, however it is cut and encoded."""
     blocks = -(-nbytes // _LEAST_BLOCK_BYTES)
     return charge(extent_sizes(nbytes, EXTENT_LADDER[-1]), blocks)
+
+
+def _extent_keys(txn: ViewTransaction, file: DataFile, chunk_id: int) -> list[bytes]:
+    """The keys of a chunk's extents, whatever its metadata says."""
+    with txn.cursor(db=file.data) as cursor:
+        if not cursor.set_range(meta_key(chunk_id)):
+            return []
+        keys = map(bytes, cursor.iternext(values=False))
+        return list(takewhile(lambda key: id_of(key) == chunk_id, keys))
 
 
 def _page_of(txn: ViewTransaction, file: DataFile, key: bytes) -> int:
