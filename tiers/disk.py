@@ -105,6 +105,7 @@ class DiskTier:
             opened(lock)
             return cls(_Opened(directory, lock, file, found, map_bytes), codec, read_threads)
         except BaseException:
+            opened(lock)  # refused, not dead
             os.close(lock)
             raise
 

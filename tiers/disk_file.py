@@ -86,10 +86,10 @@ class Survivors:
 def own_directory(directory: Path) -> int:
     """Create the directory if need be and lock it; returns the lock's descriptor.
 
-    The kernel drops the lock with the process. The lock file holds our pid, and how many starts in a
-    row have died before `opened`: LMDB may abort the process on a damaged tree, and that must not
-    happen for ever. Raises AlreadyRunning when another process has the directory, ConfigError when
-    it cannot be used.
+    The kernel drops the lock with the process. The lock file holds our pid, and how many starts in
+    a row have died before `opened`: LMDB may abort the process on a damaged tree, which must not go
+    on for ever. Raises AlreadyRunning when another process has the directory, ConfigError when it
+    cannot be used.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -130,8 +130,8 @@ def _write_lock(lock: int, deaths: int) -> None:
 def open_or_start_empty(directory: Path, map_bytes: int, lock: int) -> tuple[DataFile, Survivors]:
     """Open the directory's data file; move a damaged one aside and start a new one.
 
-    `lock` is what `own_directory` returned. Raises ConfigError for another format version, or when not even a
-    new file can be made.
+    `lock` is what `own_directory` returned. Raises ConfigError for another format version, or when
+    the directory cannot be used.
     """
     (directory / READERS_FILE).unlink(missing_ok=True)  # of a dead process: we are alone here
     mark = directory / DAMAGED_MARK
@@ -142,15 +142,15 @@ def open_or_start_empty(directory: Path, map_bytes: int, lock: int) -> tuple[Dat
         if deaths >= _MOST_DEATHS:
             raise DamagedFile(f"the last {deaths} starts died opening it")
         return open_data_file(directory / DATA_FILE, map_bytes)
+    except (*_NOT_DAMAGE, OSError) as error:
+        raise ConfigError(f"disk.directory: {directory}: {error}") from None
     except (DamagedFile, DamagedRecord, lmdb.Error) as error:
-        if isinstance(error, _NOT_DAMAGE):
-            raise ConfigError(f"disk.directory: {directory}: {error}") from None
-        aside = _move_aside(directory)
-        _log.warning("disk tier starts empty: %s is damaged (%s)", aside, error)
+        _log.warning("disk tier starts empty: its file is moved aside as damaged: %s", error)
+    _move_aside(directory)
     mark.unlink(missing_ok=True)
     try:
         return open_data_file(directory / DATA_FILE, map_bytes)
-    except (DamagedFile, DamagedRecord, lmdb.Error) as error:
+    except (DamagedFile, DamagedRecord, lmdb.Error, OSError) as error:
         raise ConfigError(f"disk.directory: {directory}: no new file: {error}") from None
 
 
@@ -213,19 +213,23 @@ def taken_bytes(env: lmdb.Environment) -> int:
 def _check_version(file: DataFile) -> None:
     """Stamp a new file, refuse one of another version.
 
-    Writing to it at once also proves that its list of free pages is sound.
+    Counting the start is a write, so that a damaged list of free pages is found out now.
     """
-    with file.env.begin(write=True, db=file.head) as txn:
-        packed = txn.get(VERSION_KEY)
-        if packed is None:
+    with file.env.begin(db=file.head) as txn:
+        packed, starts = txn.get(VERSION_KEY), txn.get(STARTS_KEY)
+    if packed is not None and (found := unpack_number(packed)) != FORMAT_VERSION:
+        raise ConfigError(
+            f"disk.directory: {file.path} has format version {found}, this build reads"
+            f" {FORMAT_VERSION}: name another directory, or delete this one to start empty"
+        )
+    try:
+        with file.env.begin(write=True, db=file.head) as txn:
             txn.put(VERSION_KEY, pack_number(FORMAT_VERSION))
-        elif (found := unpack_number(packed)) != FORMAT_VERSION:
-            raise ConfigError(
-                f"disk.directory: {file.path} has format version {found}, this build reads"
-                f" {FORMAT_VERSION}: name another directory, or delete this one to start empty"
-            )
-        starts = txn.get(STARTS_KEY)
-        txn.put(STARTS_KEY, pack_number(1 + (unpack_number(starts) if starts else 0)))
+            txn.put(STARTS_KEY, pack_number(1 + (unpack_number(starts) if starts else 0)))
+    except (lmdb.MapFullError, lmdb.DiskError) as error:
+        if packed is None:
+            raise
+        _log.warning("disk tier: no room to write: %s", error)
 
 
 def _read_survivors(file: DataFile) -> Survivors:
@@ -287,10 +291,13 @@ def _sweep(file: DataFile, found: Survivors) -> None:
     for db in (file.meta, file.data):
         doomed = [b""]
         while doomed:
-            with file.env.begin(write=True, db=db) as txn:
-                doomed = _strays(txn, doomed[-1], found)
-                for key in doomed:
-                    txn.delete(key)
+            try:
+                with file.env.begin(write=True, db=db) as txn:
+                    doomed = _strays(txn, doomed[-1], found)
+                    for key in doomed:
+                        txn.delete(key)
+            except (lmdb.MapFullError, lmdb.DiskError):
+                break  # the next start tries again
             swept += len(doomed)
     _log.warning("disk tier: %d stray values of damaged chunks were deleted", swept)
 
@@ -304,14 +311,14 @@ def _strays(txn: BytesTransaction, start: bytes, found: Survivors) -> list[bytes
     return list(islice(keys, _SWEPT_PER_COMMIT))
 
 
-def _move_aside(directory: Path) -> Path:
-    """Rename the data file, keeping no older damaged one; returns its new name."""
-    earlier = sorted(directory.glob(f"{DATA_FILE}.damaged-*"))
+def _move_aside(directory: Path) -> None:
+    """Rename the data file, keeping no older damaged one."""
+    (directory / READERS_FILE).unlink(missing_ok=True)
+    if not (directory / DATA_FILE).exists():
+        return
+    earlier = list(directory.glob(f"{DATA_FILE}.damaged-*"))
     numbers = [int(text) for path in earlier if (text := path.name.rpartition("-")[2]).isdigit()]
     aside = directory / f"{DATA_FILE}.damaged-{max(numbers, default=0) + 1}"
-    if (directory / DATA_FILE).exists():
-        (directory / DATA_FILE).rename(aside)
-        for path in earlier:
-            path.unlink()
-    (directory / READERS_FILE).unlink(missing_ok=True)
-    return aside
+    (directory / DATA_FILE).rename(aside)
+    for path in earlier:
+        path.unlink()
