@@ -64,8 +64,8 @@ class SharedMemory:
             raise AlreadyRunning(f"arena {path}: another live service owns it") from None
         try:
             os.ftruncate(fd, 0)  # what a dead owner left is not ours to read
-            os.ftruncate(fd, nbytes)
             _check_room(fd, path, nbytes)
+            os.ftruncate(fd, nbytes)
             return cls(path, _map(fd, nbytes), fd)
         except BaseException:
             path.unlink(missing_ok=True)

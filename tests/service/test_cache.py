@@ -354,7 +354,7 @@ async def test_limits_are_kept(tmp_path: Path) -> None:
         h.cache.end_session(first)
         with pytest.raises(LimitReached, match=r"limits\.spaces"):
             h.session(space(model="c"))
-        with pytest.raises(InvalidRequest, match="space.layout"):
+        with pytest.raises(InvalidRequest, match=r"space\.layout"):
             h.session(Space("huge", Layout("int8", 4096, 64, 64, tokens=4)))
 
 

@@ -1,5 +1,7 @@
 """The arena against a list of intervals."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -50,7 +52,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def slots_are_disjoint_and_inside(self) -> None:
         spans = sorted((slot.offset, slot.offset + slot.nbytes) for slot in self.live)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         assert all(start % SLOT_ALIGN == 0 for start, _ in spans)
         assert not spans or (spans[0][0] >= 0 and spans[-1][1] <= ARENA_BYTES)
 
