@@ -158,7 +158,9 @@ class Retention:
     # ── What it does ──
     ttl_s: Annotated[
         float,
-        seconds("Age at which an unused chunk is dropped; 0 keeps it until evicted.", 0, 10**9),
+        seconds(
+            "Age at which a chunk is dropped, used or not; 0 keeps it until evicted.", 0, 10**9
+        ),
     ] = 0.0
 
 
@@ -172,7 +174,7 @@ class Limits:
     keys_per_request: Annotated[
         int,
         whole("How many keys one request may name.", 1, 2**20),
-    ] = 65_536
+    ] = 8192
     session_lease_percent: Annotated[
         int,
         whole("Share of the cpu arena that one session may hold leased for writing.", 1, 100),
