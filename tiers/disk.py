@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from kvtier.errors import ConfigError
 from kvtier.kernels.codecs import Codec, codec_by_id
 from kvtier.spaces import Space
 from kvtier.tiers.base import Outcome, Record, StoreJob
-from kvtier.tiers.disk_file import DAMAGED_MARK, DataFile, Survivors, opened, own_directory
+from kvtier.tiers.disk_directory import OwnedDirectory
+from kvtier.tiers.disk_file import DAMAGED_MARK, DataFile, Survivors
 from kvtier.tiers.disk_format import PAGE_BYTES
 from kvtier.tiers.disk_read import ChunkReader, ReadersAtWork
 from kvtier.tiers.disk_shrink import open_within
@@ -41,8 +41,7 @@ def _reserve_bytes(map_bytes: int) -> int:
 class _Opened:
     """A directory that is ours, with its file open."""
 
-    directory: Path
-    lock: int
+    directory: OwnedDirectory
     file: DataFile
     found: Survivors
     map_bytes: int
@@ -61,7 +60,6 @@ class DiskTier:
         readers = ReadersAtWork()
         file, found, map_bytes = owned.file, owned.found, owned.map_bytes
         self._directory = owned.directory
-        self._lock = owned.lock
         self._file = file
         self._capacity_bytes = map_bytes - _reserve_bytes(map_bytes)
         self._live = found.records
@@ -74,7 +72,7 @@ class DiskTier:
         self._closed = False
         self._reader = ChunkReader(file, codecs, readers)
         self._writer = ChunkWriter(
-            file, codec, codecs[0], readers, self._capacity_bytes, found.next_id
+            owned.directory, file, codec, readers, self._capacity_bytes, found.next_id
         )
         self._read_pool = ThreadPoolExecutor(read_threads, "kvtier-disk-read")
         self._write_pool = ThreadPoolExecutor(1, "kvtier-disk-write")
@@ -95,18 +93,16 @@ class DiskTier:
                 f"disk.capacity: {capacity_bytes} bytes given,"
                 f" at least {LEAST_CAPACITY_BYTES} needed"
             )
-        lock = own_directory(directory)
+        owned = OwnedDirectory.take(directory)
         try:
             map_bytes = (capacity_bytes - _BESIDE_BYTES) // PAGE_BYTES * PAGE_BYTES
-            budget = map_bytes - _reserve_bytes(map_bytes)
-            file, found = open_within(directory, map_bytes, budget, lock)
+            with owned.opening():
+                file, found = open_within(owned, map_bytes, map_bytes - _reserve_bytes(map_bytes))
             if found.damaged:
                 _log.warning("disk tier: %d damaged records were dropped", found.damaged)
-            opened(lock)
-            return cls(_Opened(directory, lock, file, found, map_bytes), codec, read_threads)
+            return cls(_Opened(owned, file, found, map_bytes), codec, read_threads)
         except BaseException:
-            opened(lock)  # refused, not dead
-            os.close(lock)
+            owned.close()
             raise
 
     @property
@@ -205,7 +201,7 @@ class DiskTier:
         self._writer.close()
         self._reader.close()
         self._file.close()
-        os.close(self._lock)
+        self._directory.close()
 
     async def _run(
         self, write: Callable[[], Committed], jobs: list[StoreJob], worst: int
@@ -241,7 +237,7 @@ class DiskTier:
         if done.damaged:
             _log.error("disk tier: the data file is damaged; no more writes until a restart")
             self._read_only = True
-            (self._directory / DAMAGED_MARK).touch(mode=0o600)
+            (self._directory.path / DAMAGED_MARK).touch(mode=0o600)
         return done.records
 
     def _logical_bytes_of(self, record: Record) -> int:

@@ -1,9 +1,8 @@
-"""The disk tier's directory: whose it is, whether its file can be trusted, and opening it.
+"""Opening the disk tier's data file, and finding out whether it can be trusted.
 
 A damaged file never keeps the service from starting: it is moved aside and the tier starts empty.
 """
 
-import fcntl
 import logging
 import os
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any, TypeAlias
 import lmdb
 
 from kvtier.chunks import ChunkKey
-from kvtier.errors import AlreadyRunning, ConfigError, InvalidRequest
+from kvtier.errors import ConfigError, InvalidRequest
 from kvtier.spaces import Space
 from kvtier.tiers.base import Record
+from kvtier.tiers.disk_directory import OwnedDirectory
 from kvtier.tiers.disk_format import (
     FORMAT_VERSION,
     PAGE_BYTES,
@@ -35,7 +35,6 @@ ViewTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
 DATA_FILE = "data.mdb"
 READERS_FILE = "data.mdb-lock"  # LMDB's table of readers
-LOCK_FILE = "LOCK"
 # Left by a writer that met damage, for the next start.
 DAMAGED_MARK = "DAMAGED"
 VERSION_KEY = b"version"
@@ -47,7 +46,7 @@ STARTS_KEY = b"starts"
 _MOST_MISSING_BYTES = 64 << 20
 _READERS = 128
 _SWEPT_PER_COMMIT = 512
-_MOST_DEATHS = 4
+_MOST_DEATHS = 6
 # What speaks of the medium or of permissions, not of the file's content.
 _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.ReadonlyError, lmdb.ReadersFullError)
 
@@ -83,64 +82,19 @@ class Survivors:
     damaged: int  # metadata records that were not what was written
 
 
-def own_directory(directory: Path) -> int:
-    """Create the directory if need be and lock it; returns the lock's descriptor.
-
-    The kernel drops the lock with the process. The lock file holds our pid, and how many starts in
-    a row have died before `opened`: LMDB may abort the process on a damaged tree, which must not go
-    on for ever. Raises AlreadyRunning when another process has the directory, ConfigError when it
-    cannot be used.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.stat().st_uid == os.geteuid():
-            directory.chmod(0o700)
-        lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(f"disk.directory: {directory} cannot be used: {error}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder, _ = _read_lock(lock)
-        os.close(lock)
-        raise AlreadyRunning(
-            f"disk.directory: {directory} is in use by the process with pid {holder}"
-        ) from None
-    _write_lock(lock, _read_lock(lock)[1] + 1)
-    return lock
-
-
-def opened(lock: int) -> None:
-    """Note that the start got through."""
-    _write_lock(lock, 0)
-
-
-def _read_lock(lock: int) -> tuple[str, int]:
-    """The pid in the lock file, and the count of failed starts."""
-    pid, _, deaths = os.pread(lock, 64, 0).decode("ascii", "replace").partition(" ")
-    return pid.strip() or "unknown", int(deaths) if deaths.strip().isdigit() else 0
-
-
-def _write_lock(lock: int, deaths: int) -> None:
-    text = f"{os.getpid()} {deaths}\n".encode()
-    os.pwrite(lock, text, 0)
-    os.ftruncate(lock, len(text))
-
-
-def open_or_start_empty(directory: Path, map_bytes: int, lock: int) -> tuple[DataFile, Survivors]:
+def open_or_start_empty(owned: OwnedDirectory, map_bytes: int) -> tuple[DataFile, Survivors]:
     """Open the directory's data file; move a damaged one aside and start a new one.
 
-    `lock` is what `own_directory` returned. Raises ConfigError for another format version, or when
-    the directory cannot be used.
+    Raises ConfigError for another format version, or when the directory cannot be used.
     """
+    directory = owned.path
     (directory / READERS_FILE).unlink(missing_ok=True)  # of a dead process: we are alone here
     mark = directory / DAMAGED_MARK
     try:
         if mark.exists():
             raise DamagedFile("the last run met damage while writing")
-        deaths = _read_lock(lock)[1] - 1
-        if deaths >= _MOST_DEATHS:
-            raise DamagedFile(f"the last {deaths} starts died opening it")
+        if owned.deaths >= _MOST_DEATHS:
+            raise DamagedFile(f"the last {owned.deaths} processes died opening or writing it")
         return open_data_file(directory / DATA_FILE, map_bytes)
     except (*_NOT_DAMAGE, OSError) as error:
         raise ConfigError(f"disk.directory: {directory}: {error}") from None

@@ -13,6 +13,7 @@ import lmdb
 
 from kvtier.errors import ConfigError
 from kvtier.tiers.base import Record
+from kvtier.tiers.disk_directory import OwnedDirectory
 from kvtier.tiers.disk_file import (
     DATA_FILE,
     NEXT_ID_KEY,
@@ -41,15 +42,16 @@ _COPIED_PER_COMMIT = 32 << 20
 
 
 def open_within(
-    directory: Path, map_bytes: int, budget_bytes: int, lock: int
+    owned: OwnedDirectory, map_bytes: int, budget_bytes: int
 ) -> tuple[DataFile, Survivors]:
     """Open the directory's data file, at most `map_bytes` long.
 
     A longer one is copied with as many chunks as fit in `budget_bytes`; where that fails, for want
     of space say, the tier starts empty. Raises ConfigError as `open_or_start_empty`.
     """
+    directory = owned.path
     _remove_new(directory)
-    file, found = open_or_start_empty(directory, map_bytes, lock)
+    file, found = open_or_start_empty(owned, map_bytes)
     size = taken_bytes(file.env)
     if size <= map_bytes:
         return file, found
@@ -64,7 +66,7 @@ def open_within(
         file.path.unlink()
     _remove_new(directory)
     (directory / READERS_FILE).unlink(missing_ok=True)
-    return open_or_start_empty(directory, map_bytes, lock)
+    return open_or_start_empty(owned, map_bytes)
 
 
 def _fitting(records: dict[int, Record], budget_bytes: int) -> Iterator[Record]:

@@ -8,6 +8,7 @@ the deletes, waits for readers of the older state, and makes one more small comm
 import ctypes
 import logging
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ import numpy as np
 from xxhash import xxh3_64_intdigest as checksum_of
 
 from kvtier.kernels.codecs import Codec, codec_by_id
+from kvtier.kernels.codecs.raw import RawCodec
 from kvtier.tiers.base import Record, StoreJob
+from kvtier.tiers.disk_directory import OwnedDirectory
 from kvtier.tiers.disk_file import NEXT_ID_KEY, DataFile, ViewTransaction
 from kvtier.tiers.disk_format import (
     EXTENT_LADDER,
@@ -62,7 +65,7 @@ class Encoded:
     nbytes: int
 
 
-def encode(source: memoryview, itemsize: int, codec: Codec, verbatim: Codec) -> Encoded:
+def encode(source: memoryview, itemsize: int, codec: Codec) -> Encoded:
     """Encode a chunk block by block; one that hardly shrinks is left as it is."""
     if not codec.verbatim:
         pieces: list[bytes | memoryview] = []
@@ -73,7 +76,7 @@ def encode(source: memoryview, itemsize: int, codec: Codec, verbatim: Codec) -> 
             blocks.append(sum(memoryview(piece).nbytes for piece in block))
         if sum(blocks) <= source.nbytes - source.nbytes // _WORTH:
             return Encoded(codec, pieces, tuple(blocks), sum(blocks))
-    return Encoded(verbatim, [source], (), source.nbytes)
+    return Encoded(RawCodec(), [source], (), source.nbytes)
 
 
 def cut(encoded: Encoded, extent_bytes: int) -> Iterator[memoryview]:
@@ -114,16 +117,16 @@ class ChunkWriter:
 
     def __init__(
         self,
+        directory: OwnedDirectory,
         file: DataFile,
         codec: Codec,
-        verbatim: Codec,
         readers: ReadersAtWork,
         budget_bytes: int,
         next_id: int,
     ) -> None:
         self._file = file
         self._codec = codec
-        self._verbatim = verbatim
+        self._directory = directory
         self._readers = readers
         self._budget_bytes = budget_bytes
         self._next_id = next_id
@@ -166,6 +169,10 @@ class ChunkWriter:
                 records = self._transact(jobs, left, EXTENT_LADDER[rung])
             except lmdb.MapFullError:
                 self._settle(left)
+            except lmdb.Error:
+                # Perhaps a full disk: the file must not grow beyond what it has now.
+                self._budget_bytes = min(self._budget_bytes, used_bytes)
+                raise
             else:
                 self._rung = rung
                 return records
@@ -183,7 +190,7 @@ class ChunkWriter:
     ) -> list[Record]:
         """One durable transaction: the first of the deletes, taken off `left`, and all jobs."""
         deletes = _first(left)
-        with self._file.env.begin(write=True, buffers=True) as txn:
+        with self._directory.writing(), self._file.env.begin(write=True, buffers=True) as txn:
             for record in deletes:
                 self._delete(txn, record)
             records = [
@@ -198,18 +205,20 @@ class ChunkWriter:
 
     def _encode(self, jobs: list[StoreJob]) -> Iterator[Encoded]:
         """Encode one chunk ahead of the one that is being put."""
+        if self._codec.verbatim:
+            yield from map(self._encode_one, jobs)
+            return
+        ahead: deque[Future[Encoded]] = deque()
+        for job in jobs:
+            ahead.append(self._encoder.submit(self._encode_one, job))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        for each in ahead:
+            yield each.result()
 
-        def start(job: StoreJob) -> Future[Encoded]:
-            itemsize = job.meta.space.layout.itemsize
-            return self._encoder.submit(encode, job.source, itemsize, self._codec, self._verbatim)
-
-        ahead = start(jobs[0]) if jobs else None
-        for following in [*jobs[1:], None]:
-            if ahead is None:
-                return
-            encoded = ahead.result()
-            ahead = start(following) if following else None
-            yield encoded
+    def _encode_one(self, job: StoreJob) -> Encoded:
+        itemsize = job.meta.space.layout.itemsize
+        return encode(job.source, itemsize, self._codec)
 
     def _put(
         self, txn: ViewTransaction, job: StoreJob, encoded: Encoded, extent_bytes: int

@@ -17,7 +17,7 @@ from tests.tiers.disk_chunks import CAPACITY, check, content, job, open_tier
 
 ROOT = Path(__file__).resolve().parents[2]
 # LMDB aborts on some damage. A supervisor starts the service again; this often must be enough.
-MOST_RESTARTS = 6
+MOST_RESTARTS = 8
 
 
 def child(*arguments: object) -> subprocess.Popen[str]:
