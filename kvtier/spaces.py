@@ -52,7 +52,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
-            raise InvalidRequest(f"layout.dtype: {self.dtype!r} is not one of {sorted(ITEM_BYTES)}")
+            raise InvalidRequest(
+                f"layout.dtype: {self.dtype[:200]!r} is not one of {sorted(ITEM_BYTES)}"
+            )
         limits = {"layers": 4096, "heads": 4096, "head_dim": 65_536, "tokens": 65_536, "planes": 8}
         for name, most in limits.items():
             _check_range(f"layout.{name}", getattr(self, name), 1, most)

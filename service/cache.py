@@ -179,8 +179,11 @@ class Cache:
     ) -> list[Reserved]:
         """Give a write slot for each key that is wanted; answers every key, in order.
 
-        Room is made here and now. Raises InvalidRequest when the lease id is in use.
+        Room is made here and now. Raises InvalidRequest when the lease id is in use, or when a key
+        is the space's root: stored as a chunk, that would become the parent of every prompt.
         """
+        if session.branch.digest in keys:
+            raise InvalidRequest("keys: the space digest is given; it is the key of no chunk")
         lease = session.leases.open(lease_id, Mode.WRITE)
         self.placement.hit(self._match(session.branch, keys))
         answers = []

@@ -30,6 +30,7 @@ class Lease:
     mode: Mode
     replicas: dict[int, Replica] = field(default_factory=dict)
     ended: bool = False
+    filling: bool = False  # a Put is writing into its slots
 
 
 class Leases:

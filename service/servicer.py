@@ -141,6 +141,8 @@ class Servicer(CacheServicer):
 
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         session = self._session(request.session_id)
+        if session.tether is None:  # its slots still hold what others had in them
+            raise InvalidRequest("session_id: on the path inline only Put commits")
         limit = self._cache.rules.limits.keys_per_request
         if len(request.indexes) > limit:
             raise InvalidRequest(f"indexes: {len(request.indexes)} given, at most {limit}")
@@ -153,8 +155,11 @@ class Servicer(CacheServicer):
             raise InvalidRequest("header: the first message of a Put must carry it")
         session = self._session(first.header.session_id)
         lease_id = first.header.lease_id
+        lease = self._cache.write_lease(session, lease_id)
+        if lease is not None and lease.filling:
+            raise InvalidRequest(f"lease_id: another Put fills lease {lease_id}")
         try:
-            whole, corrupt = await self._receive(session, lease_id, requests)
+            whole, corrupt = await self._receive(lease, requests)
         except BaseException:  # also a client that went away: its chunks are not to be published
             self._cache.abort(session, lease_id)
             raise
@@ -163,12 +168,13 @@ class Servicer(CacheServicer):
         return pb.PutResponse(chunks=_committed(whole, outcomes) + _committed(corrupt, broken))
 
     async def _receive(
-        self, session: Session, lease_id: int, requests: AsyncIterator[pb.PutRequest]
+        self, lease: Lease | None, requests: AsyncIterator[pb.PutRequest]
     ) -> tuple[list[int], list[int]]:
         """Fill the lease's slots; returns the indexes that arrived whole and those that are
         corrupt."""
         view = self._cache.placement.memory.view
-        lease = self._cache.write_lease(session, lease_id)
+        if lease is not None:
+            lease.filling = True
         assemblies: dict[int, inline.Assembly] = {}
         verdicts: dict[int, bool] = {}
         async for request in requests:
