@@ -112,7 +112,6 @@ class ChunkReader:
         codec = self._codecs.get(header.codec)
         if header.key != record.key or header.nbytes != into.nbytes or codec is None:
             raise DamagedRecord("its metadata is another chunk's")
-        self._read_ahead(chunk.extents)
         if codec.verbatim:
             start = 0
             for number, extent in enumerate(chunk.extents):
@@ -161,15 +160,6 @@ class ChunkReader:
             window = self._scratch.window = memoryview(bytearray(nbytes))
         return window
 
-    def _read_ahead(self, extents: tuple[Extent, ...]) -> None:
-        """Ask the system for all of a chunk's extents before waiting for the first."""
-        for extent in extents:
-            if extent.page != NO_PAGE:
-                start = extent.page * PAGE_BYTES
-                os.posix_fadvise(
-                    self._fd, start, extent.nbytes + PAGE_HEADER_BYTES, os.POSIX_FADV_WILLNEED
-                )
-
     def _read_extent(
         self,
         txn: BytesTransaction,
@@ -178,8 +168,9 @@ class ChunkReader:
         extent: Extent,
         target: memoryview,
     ) -> None:
-        if extent.page != NO_PAGE:
-            got = os.preadv(self._fd, [target], extent.page * PAGE_BYTES + PAGE_HEADER_BYTES)
+        offset = extent.page * PAGE_BYTES + PAGE_HEADER_BYTES
+        if extent.page != NO_PAGE and offset < self._bytes:
+            got = os.preadv(self._fd, [target], offset)
             if got == extent.nbytes and checksum_of(target) == extent.checksum:
                 return
         value = txn.get(extent_key(chunk_id, number), db=self._file.data)

@@ -59,7 +59,8 @@ class BytePlaneCodec:
 
     id: ClassVar[int] = 1
     name: ClassVar[str] = "byteplane"
-    block_bytes: ClassVar[int] = 512 << 10  # few calls, and a block still stays in L2
+    # Part of the format. Large enough for few calls, small enough to stay in a core's L2.
+    block_bytes: ClassVar[int] = 512 << 10
     verbatim: ClassVar[bool] = False
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ import lmdb
 import pytest
 
 from kvtier.errors import AlreadyRunning, ConfigError
+from kvtier.spaces import Layout, Space
 from kvtier.tiers import disk_file
 from kvtier.tiers.base import Outcome, Record, Store, StoreJob
 from kvtier.tiers.disk import DiskTier
@@ -256,20 +257,22 @@ async def test_a_flipped_bit_of_the_bytes_is_corrupt(tmp_path: Path, number: int
     await tier.close()
 
 
-async def test_a_wrong_place_costs_a_detour_only(tmp_path: Path) -> None:
-    record = await one_chunk(tmp_path, 9)
+@pytest.mark.parametrize("codec", ["none", "byteplane"])
+@pytest.mark.parametrize("page", [0, 3, CAPACITY // PAGE_BYTES - 1, 1 << 60])
+async def test_a_wrong_place_costs_a_detour_only(tmp_path: Path, codec: str, page: int) -> None:
+    tier = open_tier(tmp_path, CAPACITY, codec)
+    big = Space("model", Layout(dtype="bfloat16", layers=4, heads=9, head_dim=64, tokens=512))
+    source = pattern(1, big)
+    [record] = await tier.store([job_of(1, source, big)])
+    await tier.close()
+    assert record is not None
     chunk = StoredChunk.unpack(record.id, packed(tmp_path, record.id))
-    moved = StoredChunk(
-        chunk.header,
-        tuple(
-            extent._replace(page=page)
-            for extent, page in zip(chunk.extents, [0, 3, 1 << 60], strict=False)
-        ),
-        chunk.blocks,
-    )
+    assert all(extent.page for extent in chunk.extents)
+    extents = tuple(extent._replace(page=page) for extent in chunk.extents)
+    moved = StoredChunk(chunk.header, extents, chunk.blocks)
     rewrite(tmp_path, "meta", meta_key(record.id), moved.pack(record.id))
     tier = open_tier(tmp_path)
-    assert await outcome_of(tier, 9) is Outcome.HIT
+    assert await read(tier, record, len(source)) == (Outcome.HIT, source)
     await tier.close()
 
 
