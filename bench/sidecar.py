@@ -17,6 +17,7 @@ from kvtier.errors import KvtierError
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 120.0
+_STATS_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _KIB = 1024
 
@@ -36,7 +37,7 @@ class Sidecar:
 
     def stats(self) -> ServiceStats:
         """What it holds and has done. Raises Unreachable."""
-        return fetch_stats(self.target)
+        return fetch_stats(self.target, _STATS_TIMEOUT_S)
 
     def memory_bytes(self, kind: str) -> int:
         """A line of the process' memory status, such as "RssAnon" (its own pages, no arena)."""

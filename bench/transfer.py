@@ -6,7 +6,6 @@ Every load is compared with what was stored, outside of the timed part.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from kvtier.bench.payload import (
 from kvtier.bench.plain_grpc import byte_stream
 from kvtier.bench.report import Progress, Report, Target
 from kvtier.bench.sidecar import SidecarFailed, sidecar
+from kvtier.bench.timing import ratio, seconds
 from kvtier.chunks import Prefix
 from kvtier.client import Client, connect
 from kvtier.kernels.host import copy
@@ -159,13 +159,6 @@ def copy_all(targets: list[Buffer], sources: list[Buffer]) -> None:
         copy(target.data, source.data)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str) -> Report:
     total_gb = options.batch * nbytes / 1e9
     small = options.path == "shm" and nbytes < _SMALL_CHUNK_BYTES
@@ -173,8 +166,8 @@ def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str)
     return Report(
         scenario="transfer",
         figures={
-            "offload_ratio": _ratio(rounds.sent, rounds.offload),
-            "load_ratio": _ratio(rounds.received, rounds.load),
+            "offload_ratio": ratio(rounds.sent, rounds.offload),
+            "load_ratio": ratio(rounds.received, rounds.load),
             "offload_gb_s": total_gb / median(rounds.offload),
             "load_gb_s": total_gb / median(rounds.load),
             "reference_offload_gb_s": total_gb / median(rounds.sent),
@@ -189,7 +182,3 @@ def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str)
         },
         targets={"offload_ratio": target, "load_ratio": target},
     )
-
-
-def _ratio(reference: list[float], subject: list[float]) -> float:
-    return median(plain / ours for plain, ours in zip(reference, subject, strict=True))
