@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
 from kvtier.chunks import ChunkKey
 from kvtier.errors import ConfigError, InvalidRequest
@@ -46,7 +47,8 @@ STARTS_KEY = b"starts"
 _MOST_MISSING_BYTES = 64 << 20
 _READERS = 128
 _SWEPT_PER_COMMIT = 512
-_MOST_DEATHS = 6
+_SUSPICIOUS_DEATHS = 2
+_MOST_DEATHS = 8
 # What speaks of the medium or of permissions, not of the file's content.
 _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.ReadonlyError, lmdb.ReadersFullError)
 
@@ -93,8 +95,8 @@ def open_or_start_empty(owned: OwnedDirectory, map_bytes: int) -> tuple[DataFile
     try:
         if mark.exists():
             raise DamagedFile("the last run met damage while writing")
-        if owned.deaths >= _MOST_DEATHS:
-            raise DamagedFile(f"the last {owned.deaths} processes died opening or writing it")
+        if owned.deaths >= _SUSPICIOUS_DEATHS:
+            _verify(directory / DATA_FILE, owned.deaths)
         return open_data_file(directory / DATA_FILE, map_bytes)
     except (*_NOT_DAMAGE, OSError) as error:
         raise ConfigError(f"disk.directory: {directory}: {error}") from None
@@ -146,6 +148,22 @@ def _open(path: Path, map_bytes: int) -> DataFile:
     except BaseException:
         env.close()
         raise
+
+
+def _verify(path: Path, deaths: int) -> None:
+    """Check all of LMDB's own pages, which takes seconds: some damage makes LMDB abort or hang.
+
+    Raises DamagedFile when something is wrong, or when too many have died in spite of it.
+    """
+    if not path.exists():
+        return
+    try:
+        problems = verify(str(path), subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError as error:
+        problems = [str(error)]
+    _log.warning("disk tier: %d processes died of %s; found: %s", deaths, path, problems[:3])
+    if problems or deaths >= _MOST_DEATHS:
+        raise DamagedFile(f"{deaths} processes in a row died opening or writing it")
 
 
 def _settle_length(env: lmdb.Environment, path: Path, map_bytes: int) -> None:

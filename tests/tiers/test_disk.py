@@ -342,15 +342,48 @@ def die(directory: Path, moment: str) -> None:
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGABRT
 
 
-async def test_processes_that_keep_dying_end_with_an_empty_tier(tmp_path: Path) -> None:
-    await one_chunk(tmp_path, 1)
-    for _ in range(3):
-        die(tmp_path, "opening")
-        die(tmp_path, "writing")
+@pytest.mark.parametrize(("deaths", "kept"), [(1, True), (2, True), (7, True), (8, False)])
+async def test_a_sound_file_is_kept_until_too_many_have_died(
+    tmp_path: Path, deaths: int, kept: bool
+) -> None:
+    record = await one_chunk(tmp_path, 1)
+    for count in range(deaths):
+        die(tmp_path, "writing" if count % 2 else "opening")
+    tier = open_tier(tmp_path)
+    assert tier.records() == [record] * kept
+    assert len(names(tmp_path, "data.mdb.damaged-*")) == 1 - kept
+    await tier.close()
+
+
+async def test_damage_that_kills_is_looked_for_after_two_deaths(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path)
+    records = await stored(tier, range(50))
+    await tier.close()
+    spoil_the_tree_of_extents(tmp_path / "data.mdb")
+    die(tmp_path, "writing")
+    tier = open_tier(tmp_path)
+    assert tier.records() == records
+    await tier.close()
+    die(tmp_path, "writing")
+    die(tmp_path, "writing")
     tier = open_tier(tmp_path)
     assert tier.records() == []
-    assert names(tmp_path, "data.mdb.damaged-*")
+    assert names(tmp_path, "data.mdb.damaged-*") == ["data.mdb.damaged-1"]
     await tier.close()
+
+
+def spoil_the_tree_of_extents(path: Path) -> None:
+    """Make a leaf of the `data` database point to itself."""
+    file, _ = open_data_file(path, CAPACITY)
+    with file.env.begin() as txn:
+        root = txn.get(b"data")
+    file.close()
+    assert root is not None
+    page = int.from_bytes(root[40:48], "little")
+    assert page > 1
+    with path.open("r+b") as data:
+        data.seek(page * PAGE_BYTES + 10)
+        data.write(bytes([0x01]))  # a branch, it says
 
 
 async def test_a_process_that_writes_now_and_then_may_die_often(tmp_path: Path) -> None:

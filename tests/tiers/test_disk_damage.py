@@ -18,11 +18,21 @@ from tests.tiers.disk_chunks import CAPACITY, check, content, job, open_tier
 ROOT = Path(__file__).resolve().parents[2]
 # LMDB aborts on some damage. A supervisor starts the service again; this often must be enough.
 MOST_RESTARTS = 8
+HANG_S = 90
 
 
 def child(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.tiers.disk_chunks", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def outlived(process: subprocess.Popen[str]) -> str:
+    """What it printed. A process that hangs is killed, as a supervisor would."""
+    try:
+        return process.communicate(timeout=HANG_S)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
 
 
 async def build(directory: Path) -> None:
@@ -59,7 +69,7 @@ def test_damage_is_a_miss_or_a_restart_and_never_a_wrong_byte(
     work = memory / kind
     while seed < trials:
         process = child("damage", original, work, kind, seed, trials - seed)
-        output, _ = process.communicate()
+        output = outlived(process)
         seed = int(output.split()[-1]) + 1
         if process.returncode == 0:
             break
@@ -73,7 +83,7 @@ def survives(directory: Path) -> bool:
     """Does a service that is started again and again come up?"""
     for _ in range(MOST_RESTARTS):
         process = child("use", directory)
-        process.communicate()
+        outlived(process)
         if process.returncode == 0:
             return True
         assert process.returncode < 0
