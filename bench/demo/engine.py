@@ -44,7 +44,7 @@ ANSWER_TOKENS = 32
 THREADS = 2
 # The engine's patience with the sidecar for one prompt. Recomputing it takes longer.
 DEADLINE_S = 5.0
-_CONNECT_S = 20.0
+_CONNECT_S = 5.0
 _WARM_UP_TOKENS = 600
 
 

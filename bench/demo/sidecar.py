@@ -100,7 +100,8 @@ class Sidecar:
         trace: TracebackType | None,
     ) -> None:
         if self._process is not None:
-            self.kill()
+            self._process.kill()  # no harm where it has ended already
+            self._process.wait()
         for folder in self._folders.values():
             shutil.rmtree(folder, ignore_errors=True)
 
