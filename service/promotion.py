@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvtier.service.history import Loss
 from kvtier.service.placement import Placement
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Node, Replica, TierId
+from kvtier.tiers.index import Node, Replica, State, TierId
 from kvtier.transfer.mover import Mover, Priority, Ticket
 
 
@@ -75,7 +75,8 @@ class Promotions:
             return  # given up before its outcome was known
         index, counters = self._placement.index, self._placement.counters
         del self._live[node]
-        if outcome is Outcome.HIT and index.commit(promotion.target):
+        evicted = promotion.source.state is not State.READY  # meanwhile: it must not come back
+        if outcome is Outcome.HIT and not evicted and index.commit(promotion.target):
             counters.promoted_chunks += 1
         else:
             index.abort(promotion.target)

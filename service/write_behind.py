@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from kvtier.service.placement import Placement
 from kvtier.tiers.base import ChunkMeta, Record, StoreJob
-from kvtier.tiers.index import Node, Replica, TierId
+from kvtier.tiers.index import Node, Replica, State, TierId
 from kvtier.transfer.mover import Mover
 
 
@@ -134,7 +134,8 @@ class WriteBehind:
     def _finish(self, source: Replica, target: Replica, record: Record | None) -> None:
         index, counters = self._placement.index, self._placement.counters
         target.place = record
-        if record is not None and index.commit(target):
+        evicted = source.state is not State.READY  # meanwhile, by a client's wish or its age
+        if record is not None and not evicted and index.commit(target):
             counters.disk_written_chunks += 1
         else:
             index.abort(target)

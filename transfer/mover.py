@@ -6,12 +6,15 @@ client waits. The mover lives on the event loop; the copies run on the store's o
 
 import asyncio
 import heapq
+import logging
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import count
 from typing import Self
 
 from kvtier.tiers.base import Outcome, Record, Store, StoreJob
+
+logger = logging.getLogger(__name__)
 
 
 class Priority(IntEnum):
@@ -82,7 +85,11 @@ class Mover:
     async def store(self, jobs: list[StoreJob]) -> list[Record | None]:
         """Write chunks in one transaction, once no client waits for a load."""
         await self._calm.wait()
-        return await self._store.store(jobs)
+        try:
+            return await self._store.store(jobs)
+        except Exception:  # a store's mistake costs these chunks, not the service
+            logger.exception("%d chunks were not written", len(jobs))
+            return [None] * len(jobs)
 
     async def close(self) -> None:
         """Stop the lanes. Waiting loads end as FAILED, running ones finish first."""
@@ -127,6 +134,8 @@ class Mover:
             outcome = Outcome.FAILED
             try:
                 outcome = await self._store.load(ticket.record, ticket.into)
+            except Exception:  # a store's mistake costs this chunk, not the lane
+                logger.exception("a chunk was not read")
             finally:
                 if not ticket.outcome.done():
                     ticket.outcome.set_result(outcome)

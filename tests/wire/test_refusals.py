@@ -140,9 +140,17 @@ def test_a_lease_id_in_use(client: OwnClient) -> None:
     assert client.put(client.pieces(1, {0: client.content(client.keys(1, 1)[0])}))
 
 
-def test_too_many_indexes_in_a_commit(client: OwnClient) -> None:
-    status, told = refusal(lambda: client.commit(1, range(MAX_KEYS + 1)))
+def test_too_many_indexes_in_a_commit(sidecar: Sidecar) -> None:
+    with OwnClient(sidecar.target) as client:
+        status, told = refusal(lambda: client.commit(1, range(MAX_KEYS + 1)))
     assert (status, told.split(":")[0]) == (INVALID, "indexes")
+
+
+def test_only_put_commits_on_the_path_inline(client: OwnClient) -> None:
+    client.reserve(1, client.keys(1, 1))
+    status, told = refusal(lambda: client.commit(1, [0]))
+    assert (status, told.split(":")[0]) == (INVALID, "session_id")
+    client.abort(1)
 
 
 def test_evict_of_everything_and_of_keys(client: OwnClient) -> None:
