@@ -19,13 +19,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import numpy as np
 
 from kvtier.chunks import ChunkKey
 from kvtier.kernels.codecs import codec_by_name
 from kvtier.spaces import Layout, Space
-from kvtier.tiers.base import ChunkMeta, Outcome, StoreJob
+from kvtier.tiers.base import ChunkMeta, Outcome, Record, StoreJob
 from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.disk_file import open_data_file
+from kvtier.tiers.disk_format import meta_key
 
 WRONG_BYTES = 3
 CAPACITY = 24 << 20
@@ -74,6 +77,50 @@ async def check(tier: DiskTier) -> dict[int, Outcome]:
         if outcomes[number] is Outcome.HIT and target != expected:
             sys.exit(WRONG_BYTES)
     return outcomes
+
+
+async def stored(tier: DiskTier, numbers: range) -> list[Record]:
+    records = await tier.store([job(number) for number in numbers])
+    kept = [record for record in records if record is not None]
+    assert len(kept) == len(numbers)
+    return kept
+
+
+async def reopened(tier: DiskTier, directory: Path, capacity: int = CAPACITY) -> DiskTier:
+    await tier.close()
+    return open_tier(directory, capacity)
+
+
+async def outcome_of(tier: DiskTier, number: int) -> Outcome:
+    outcomes = await check(tier)
+    return outcomes.get(number, Outcome.MISS)
+
+
+def names(directory: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in directory.glob(pattern))
+
+
+def rewrite(directory: Path, database: str, key: bytes, value: bytes) -> None:
+    """Put a value into a closed tier's file."""
+    with lmdb.open(str(directory / "data.mdb"), subdir=False, max_dbs=4, map_size=CAPACITY) as env:
+        db = env.open_db(database.encode())
+        with env.begin(write=True, db=db) as txn:
+            txn.put(key, value)
+
+
+def packed(directory: Path, chunk_id: int) -> bytes:
+    file, _ = open_data_file(directory / "data.mdb", CAPACITY)
+    with file.env.begin(db=file.meta) as txn:
+        value = txn.get(meta_key(chunk_id))
+    file.close()
+    return bytes(value or b"")
+
+
+async def one_chunk(directory: Path, number: int) -> Record:
+    tier = open_tier(directory)
+    [record] = await stored(tier, range(number, number + 1))
+    await tier.close()
+    return record
 
 
 async def write(directory: Path) -> None:
