@@ -135,8 +135,8 @@ async def write(directory: Path) -> None:
             sys.stdout.write(f"-{int.from_bytes(record.key, 'big')} ")
             tier.delete(record)
         sys.stdout.flush()
-        await tier.store(jobs)
-        sys.stdout.write(" ".join(str(int.from_bytes(each.meta.key, "big")) for each in jobs))
+        records = [record for record in await tier.store(jobs) if record]
+        sys.stdout.write(" ".join(str(int.from_bytes(each.key, "big")) for each in records))
         sys.stdout.write("\n")
         sys.stdout.flush()
 

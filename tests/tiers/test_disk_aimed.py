@@ -168,7 +168,7 @@ async def test_damage_that_kills_is_looked_for_after_two_deaths(tmp_path: Path) 
 
 
 def spoil_the_tree_of_extents(path: Path) -> None:
-    """Let the root of the `data` database say that it is a leaf if it is a branch, or the reverse."""
+    """Let the root of the `data` database say that it is the other kind of page."""
     file, _ = open_data_file(path, CAPACITY)
     with file.env.begin() as txn:
         root = txn.get(b"data")
