@@ -117,7 +117,7 @@ class Room:
     def cache(self, model: "PreTrainedModel", tokens: int) -> DynamicCache:
         """A cache of the model whose KV is the first `tokens` tokens of this room."""
         cache = DynamicCache(config=model.config)
-        cache.layers = [ReservedLayer(self, layer, tokens) for layer in range(len(self.data))]
+        cache.layers[:] = [ReservedLayer(self, layer, tokens) for layer in range(len(self.data))]
         return cache
 
 

@@ -144,6 +144,7 @@ def plot(result: Record, file: Path) -> None:
     axes.bar_label(bars, words)
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 3, max(values) * 6)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("time to first token, ms (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(

@@ -22,7 +22,7 @@ pytest.importorskip("gguf")
 from kvtier.bench.demo.model import ModelUnavailable, obtain
 from kvtier.connectors.transformers import PrefixCache, space_of
 from kvtier.fingerprint import of_path
-from tests.connectors.test_transformers import answer, bits, on_top_of_live, recomputed
+from tests.connectors.test_transformers import answer, bits, layers, on_top_of_live, recomputed
 from tests.sidecar import ROOT, Sidecar
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -74,7 +74,7 @@ def test_a_new_engine_goes_on_from_ram_and_from_disk(
     assert kv.offload(first, cold.cache).outcome.refused == {}
     expected = on_top_of_live(model, cold.cache, second, prefix)
     _, whole = recomputed(model, second)
-    live = [bits(layer.keys[:, :, :prefix]) for layer in cold.cache.layers]
+    live = [bits(layer.keys[:, :, :prefix]) for layer in layers(cold.cache)]
 
     for where in ("RAM", "disk"):
         if where == "disk":
@@ -83,7 +83,7 @@ def test_a_new_engine_goes_on_from_ram_and_from_disk(
         engine = load_model(folder, dtype)
         warm = PrefixCache(engine, sidecar.client(space)).prefill(second)
         assert warm.reused_tokens == prefix
-        for layer, kept in zip(warm.cache.layers, live, strict=True):
+        for layer, kept in zip(layers(warm.cache), live, strict=True):
             assert torch.equal(bits(layer.keys[:, :, :prefix]), kept)
         assert (warm.logits - expected).abs().max() == 0
         assert answer(engine, second, warm.logits, warm.cache) == whole
