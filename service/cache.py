@@ -147,7 +147,9 @@ class Cache:
         for node in self._match(session.branch, keys):
             if node.ready(TierId.CPU):
                 in_ram += 1
-            elif self._promotions is None or not self._promotions.join(node, Priority.PREFETCH):
+            elif self._promotions is None or not node.ready(TierId.DISK):
+                break  # evicted just now, to make room for those before it
+            elif not self._promotions.join(node, Priority.PREFETCH):
                 break
             else:
                 promoting += 1

@@ -114,6 +114,26 @@ async def test_what_is_evicted_while_it_is_read_keeps_its_bytes(tmp_path: Path) 
         assert h.put(other, later)[4:] == [WRITE] * 4
 
 
+async def test_a_prefetch_that_evicts_what_it_was_to_bring_next_just_stops(
+    tmp_path: Path,
+) -> None:
+    """The prompt's first half is on disk, its second half in RAM alone, and RAM is full."""
+    async with harness(tmp_path, slots=8) as h:
+        session = h.session()
+        prefix = h.chain_of(session, 8)
+        h.put(session, prefix[:4])
+        await written(h)
+        h.only_on_disk()
+        h.store.refuse_writes = True
+        h.put(session, prefix[4:])
+        h.put(session, h.chain_of(session, 4, seed=1))
+        session_reads = await h.get(session, h.chain_of(session, 4, seed=1))
+        in_ram, promoting = h.cache.prefetch(session, prefix.keys)
+        assert in_ram + promoting < 8
+        session.leases.end(session_reads[2])
+        h.placement.index.check()
+
+
 async def test_a_chunk_stored_again_while_its_old_copy_is_read(tmp_path: Path) -> None:
     async with harness(tmp_path) as h:
         session = h.session()
