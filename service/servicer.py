@@ -256,9 +256,9 @@ def _pieces(lease: Lease, index: int, chunk: memoryview) -> Iterator[pb.GetRespo
     for piece in inline.cut(index, chunk, inline.checksum(chunk)):
         if lease.ended:  # the session ended between two messages: the slot is no longer ours
             raise InvalidRequest("session_id: the session ended during the call")
-        yield pb.GetResponse(
-            piece=pb.ChunkPiece(index=index, data=piece.data, checksum=piece.checksum)
-        )
+        response = pb.GetResponse()
+        inline.pack(piece, response.piece)
+        yield response
 
 
 def _end(stop: LoadStop, chunks: int) -> pb.LoadEnd:

@@ -222,9 +222,9 @@ class _Batch:
         for index in self.written:
             view = self.views[index]
             for piece in inline.cut(index - self.start, view, inline.checksum(view)):
-                yield pb.PutRequest(
-                    piece=pb.ChunkPiece(index=piece.index, data=piece.data, checksum=piece.checksum)
-                )
+                request = pb.PutRequest()
+                inline.pack(piece, request.piece)
+                yield request
 
 
 def time_to_send(nbytes: int) -> float:

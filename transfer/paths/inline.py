@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 from kvtier.errors import InvalidRequest
+from kvtier.proto import cache_pb2 as pb
 
 # Larger messages were slower; see docs/decisions.
 MESSAGE_BYTES = 1 << 20
@@ -38,11 +39,23 @@ def cut(index: int, chunk: memoryview, digest: int) -> Iterator[Piece]:
     yield Piece(index, bytes(chunk[last:]), digest)
 
 
+def pack(piece: Piece, message: pb.ChunkPiece) -> None:
+    """Write a piece into the field that is to carry it.
+
+    In place: a ChunkPiece that is made first and given to its parent's constructor is merged into
+    it by way of its wire form, which took several times as long as sending it.
+    """
+    message.index = piece.index
+    message.data = piece.data
+    message.checksum = piece.checksum
+
+
 class Assembly:
     """Puts the pieces of one chunk into `target`, in the order they were cut."""
 
     def __init__(self, target: memoryview) -> None:
         self._target = target
+        self._hasher = xxhash.xxh3_64()
         self._filled = 0
 
     def add(self, piece: Piece) -> bool | None:
@@ -57,7 +70,8 @@ class Assembly:
                 f"which has {len(self._target)} bytes"
             )
         self._target[self._filled : end] = piece.data
+        self._hasher.update(piece.data)
         self._filled = end
         if end < len(self._target):
             return None
-        return piece.checksum == checksum(self._target)
+        return piece.checksum == (self._hasher.intdigest() or 1)
