@@ -16,7 +16,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from kvtier.bench.payload import TOKENS, token_ids
 from kvtier.bench.report import Progress, Report, Target
@@ -111,7 +110,12 @@ def _latency(client: Client, target: str, tokens: list[int], calls: int) -> dict
 def _empty_call(target: str) -> Iterator[Any]:
     """The empty RPC: the service's own health check, over a channel like the client's."""
     with grpc.insecure_channel(grpc_target(target)) as channel:
-        check, request = HealthStub(channel).Check, health_pb2.HealthCheckRequest()
+        check: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        request = health_pb2.HealthCheckRequest()
         yield lambda: check(request, timeout=_DEADLINE_S)
 
 
