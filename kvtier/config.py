@@ -131,7 +131,7 @@ class Disk:
             "How a chunk is stored; always lossless. `byteplane` saves space and costs CPU.",
             ("none", "byteplane"),
         ),
-    ] = "byteplane"
+    ] = "none"
     # ── How large and how fast ──
     capacity: Annotated[
         int,
