@@ -35,6 +35,7 @@ def record(folder: Path, engine: str, question: int, **changes: Any) -> dict[str
         "loaded_bytes": reused * 1000,
         "logits": str(logits),
         "kv_sha256": "ab",
+        "timings_ms": {"hash": 0.5, "load": 1.5, "compute": 8.0},
         "offloaded_chunks": PREFIX // CHUNK if engine == "A" else 0,
         **changes,
     }
@@ -59,6 +60,7 @@ def test_a_good_run_has_no_problems(tmp_path: Path) -> None:
     assert (result["max_logit_diff"], result["max_logit_diff_recomputed"]) == (0, 0)
     assert (result["tokens"], result["bytes"]) == (PREFIX, PREFIX * 1000)
     assert result["ttft_ms"]["recompute"] == 1000
+    assert result["kvtier_ms"] == {"ram": 2, "disk": 2, "no_sidecar": 2}
     assert result["speedup"] == {"ram": 100, "disk": 100, "no_sidecar": 1}
     assert "logits" not in json.dumps(result["answers"])
 
@@ -96,7 +98,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = report.summarise(runs(tmp_path))
     lines = report.table(result).splitlines()
-    assert " ".join(lines[3].split()) == "from RAM 1,044 tokens 1.0 MiB 10 ms 100.0 x"
+    assert " ".join(lines[3].split()) == "from RAM 1,044 tokens 1.0 MiB 10 ms 2.0 ms 100.0 x"
     assert "identical to transformers alone" in lines[-2]
     report.plot(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
