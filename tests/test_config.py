@@ -53,7 +53,7 @@ def test_defaults_need_no_file() -> None:
     config = load(None, HOME, [])
     assert config.cpu == Cpu(directory=Path("/dev/shm"), capacity=GIB)
     assert config.disk.directory == Path("/home/someone/.cache/kvtier")
-    assert config.disk.compression == "byteplane"
+    assert config.disk.compression == "none"
     assert config.limits == Limits()
     assert config.retention == Retention(ttl_s=0.0)
 
