@@ -1,0 +1,77 @@
+"""The command line, as its users meet it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvtier.cli import main
+from kvtier.config import load
+from kvtier.version import __version__
+from tests.sidecar import Sidecar
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_version_is_the_packages(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"kvtier {__version__}\n"
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    assert f'version = "{__version__}"' in pyproject.read_text(encoding="utf-8")
+
+
+def test_the_printed_configuration_is_the_effective_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTIER_CPU_CAPACITY", "3GiB")
+    arguments = [
+        "serve",
+        "--print-config",
+        "--listen",
+        "127.0.0.1:7777",
+        "--set",
+        "disk.capacity=1GiB",
+    ]
+    assert main(arguments) == 0
+    path = tmp_path / "printed.toml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    config = load(path, {}, [])
+    assert config.server.listen == "127.0.0.1:7777"
+    assert (config.cpu.capacity, config.disk.capacity) == (3 << 30, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("cpu.capacity=lots", "cpu.capacity"),
+        ("cpu.colour=red", "colour"),
+        ("server.listen=0.0.0.0:7777", "server.listen"),
+    ],
+)
+def test_a_bad_setting_is_one_line(argument: str, named: str, capsys: Capture) -> None:
+    assert main(["serve", "--print-config", "--set", argument]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("kvtier: ")
+    assert named in error
+    assert "allowed" in error
+
+
+def test_stats_without_a_service_says_where_it_looked(tmp_path: Path, capsys: Capture) -> None:
+    target = f"unix://{tmp_path}/none.sock"
+    assert main(["stats", "--target", target]) == 2
+    assert target in capsys.readouterr().err
+
+
+def test_stats_of_a_service(tmp_path: Path, capsys: Capture) -> None:
+    with Sidecar(tmp_path) as sidecar:
+        assert main(["stats", "--target", sidecar.target, "--json"]) == 0
+        stats = json.loads(capsys.readouterr().out)
+        assert main(["stats", "--target", sidecar.target]) == 0
+    assert stats["version"] == __version__
+    assert [tier["name"] for tier in stats["tiers"]] == ["cpu", "disk"]
+    printed = capsys.readouterr().out
+    assert "cpu" in printed
+    assert "MiB" in printed
