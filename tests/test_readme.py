@@ -11,4 +11,4 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if "kvtier.open" in b])
 def test_the_example_runs(block: str) -> None:
-    exec(compile(block, str(README), "exec"), {})  # noqa: S102
+    exec(compile(block, str(README), "exec"), {})
