@@ -2,7 +2,6 @@
 
 import os
 import platform
-import statistics
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +39,8 @@ def summarise(runs: Runs) -> Record:
     first = runs.engines["A"]
     prefix = first["tokens"] // runs.chunk_tokens * runs.chunk_tokens
     ttft = {
-        "recompute": statistics.median(each["ttft_ms"] for each in runs.reference),
+        # The fastest: what else the machine does must not make the speed-up look larger.
+        "recompute": min(each["ttft_ms"] for each in runs.reference),
         "cold_with_sidecar": first["ttft_ms"],
         **{name: runs.engines[engine]["ttft_ms"] for name, engine in _ENGINES.items()},
     }
@@ -60,8 +60,8 @@ def summarise(runs: Runs) -> Record:
             "kv_identical": "KV from RAM and from disk has the bits that engine A computed",
             "max_logit_diff": "reloaded KV against the live cache of engine A, every answer token",
             "max_logit_diff_recomputed": "every engine against transformers alone, whole prompt",
-            "ttft_ms": "prompt ids in hand to first token id; recompute is a median of "
-            f"{len(runs.reference)}; files were dropped from the page cache before disk",
+            "ttft_ms": "prompt ids in hand to first token id; recompute is the fastest "
+            f"of {len(runs.reference)}, the others one run each; files were dropped from the page cache before disk",
             "kvtier_ms": "the part of ttft_ms spent in kvtier: hashing and loading",
         },
         "tokens": prefix,
