@@ -61,7 +61,8 @@ def summarise(runs: Runs) -> Record:
             "max_logit_diff": "reloaded KV against the live cache of engine A, every answer token",
             "max_logit_diff_recomputed": "every engine against transformers alone, whole prompt",
             "ttft_ms": "prompt ids in hand to first token id; recompute is the fastest "
-            f"of {len(runs.reference)}, the others one run each; files were dropped from the page cache before disk",
+            f"of {len(runs.reference)}, the others are one run each; before disk its files were "
+            "dropped from the page cache",
             "kvtier_ms": "the part of ttft_ms spent in kvtier: hashing and loading",
         },
         "tokens": prefix,
