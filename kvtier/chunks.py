@@ -14,7 +14,7 @@ or is preceded by its length, so no two inputs share an encoding.
 import hashlib
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NewType, overload
 
@@ -65,10 +65,10 @@ class Prefix:
         return len(self.keys) * self.chunk_tokens
 
 
-def pack_tokens(token_ids: Sequence[int]) -> bytes:
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
     """Token ids as packed little-endian u32, 4 bytes each.
 
-    Takes any sequence of ints; an `array`, NumPy array or other buffer of 4-byte unsigned integers
+    Takes any ints; an `array`, NumPy array or other buffer of 4-byte unsigned integers
     is packed without a loop. Raises InvalidRequest where an id does not fit in 32 bits.
     """
     try:

@@ -27,10 +27,10 @@ CHUNK_TOKENS = 4
 SLOT_BYTES = 4096
 
 
-def space(**changes: str) -> Space:
+def space(model: str = "m", weights: str = "", tenant: str = "") -> Space:
     """A space whose chunks fill one 4 KiB slot each."""
-    fields = {"model": "m"} | changes
-    return Space(layout=Layout("int8", 4, 2, 64, tokens=CHUNK_TOKENS, planes=2), **fields)
+    layout = Layout("int8", 4, 2, 64, tokens=CHUNK_TOKENS, planes=2)
+    return Space(model, layout, weights=weights, tenant=tenant)
 
 
 @dataclass

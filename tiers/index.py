@@ -108,7 +108,7 @@ class Node:
 
     def path(self) -> list["Node"]:
         """From the first chunk of the prompt to this one."""
-        found = [self]
+        found: list[Node] = [self]
         while (parent := found[-1].parent) is not None:
             found.append(parent)
         found.reverse()
@@ -123,7 +123,7 @@ class Node:
 
     def subtree(self) -> list["Node"]:
         """This chunk and everything under it, children after their parents."""
-        found = [self]
+        found: list[Node] = [self]
         for node in found:
             found.extend(node.children())
         return found

@@ -4,7 +4,7 @@ Fail-open: whatever the service is or does, an operation returns within its dead
 was asked for. It raises InvalidRequest for its caller's own mistakes only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -87,7 +87,7 @@ class Client:
         """Whether a session is open. While it is not, operations are misses that cost nothing."""
         return self._connection.session is not None
 
-    def prefix(self, token_ids: Sequence[int], extra: bytes | Sequence[bytes] = b"") -> Prefix:
+    def prefix(self, token_ids: Iterable[int], extra: bytes | Sequence[bytes] = b"") -> Prefix:
         """The keys of a prompt's full chunks.
 
         `token_ids` is the prompt from its first token. `extra` is what else decides the KV: one
@@ -135,7 +135,7 @@ class Client:
                 session_id=session.id, keys=pack_keys(prefix.keys[: session.max_keys])
             ),
         )
-        return response.in_ram + response.promoting if response is not None else 0
+        return min(response.in_ram + response.promoting, len(prefix)) if response is not None else 0
 
     def evict(self, prefix: Prefix | None) -> int:
         """Remove chunks and all that continues them; None removes the whole space. Returns how many
@@ -153,7 +153,7 @@ class Client:
     def explain(
         self,
         prefix: Prefix,
-        token_ids: Sequence[int] = (),
+        token_ids: Iterable[int] = (),
         extra: bytes | Sequence[bytes] = b"",
     ) -> list[Explained]:
         """Why each chunk is or is not a hit; empty when the service cannot be asked.
@@ -170,7 +170,7 @@ class Client:
                 extras=extras,
             ),
         )
-        if response is None:
+        if response is None or len(response.keys) > len(prefix):
             return []
         return [
             Explained(_key_state(answer.state), answer.detail, tuple(answer.fields))
