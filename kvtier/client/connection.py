@@ -68,11 +68,20 @@ class Connection:
 
     def drop(self, session: Session, why: str) -> None:
         """Give a session up: what it leased ends with it."""
+        self._forget(session, why)
+        session.end()
+
+    def abandon(self, session: Session, why: str) -> None:
+        """As `drop`, for callbacks of the transport: there nothing may be closed, for it would wait
+        for its own callback. The background thread does the rest."""
+        self._forget(session, why)
+        session.stream.cancel()
+
+    def _forget(self, session: Session, why: str) -> None:
         if self._session is session:
             self._session = None
             self._ready.clear()
             logger.warning("kvtier: no cache until the service answers again (%s)", why)
-        session.end()
 
     def close(self) -> None:
         """End the session and the background thread."""
@@ -102,6 +111,8 @@ class Connection:
         try:
             stream = transport.stream("OpenSession", self._request, None)
             self._opening = stream.cancel
+            if self._closed.is_set():
+                stream.cancel()  # `close` may have come too early to see it
             watchdog = threading.Timer(_OPEN_TIMEOUT_S, stream.cancel)
             watchdog.daemon = True
             watchdog.start()
@@ -109,6 +120,8 @@ class Connection:
                 event = next(stream)
             finally:
                 watchdog.cancel()
+            if event.opened.path not in self._request.paths:
+                raise ValueError("the service chose a data path that was not offered")
             session = attach(event.opened, self._space, transport, stream)
             self._failures = 0
             self._session = session

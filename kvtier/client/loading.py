@@ -113,7 +113,7 @@ class Loaded:
     def _post_release(self, session: Session, request: pb.ReleaseRequest) -> None:
         # A lease that could not be released ends with its session, so the session has to go.
         def give_up() -> None:
-            self._connection.drop(session, "a lease could not be released")
+            self._connection.abandon(session, "a lease could not be released")
 
         try:
             session.transport.post("Release", request, give_up)
@@ -128,7 +128,7 @@ class Loaded:
         expected = 0
         try:
             for chunk in chunks:
-                if chunk.index != expected:
+                if chunk.index != expected or expected >= len(self._prefix):
                     raise ValueError(f"the service sent chunk {chunk.index}, not {expected}")
                 expected += 1
                 yield chunk
@@ -154,10 +154,6 @@ class Loaded:
         self._stream = stream
         for response in stream:
             for chunk in response.chunks:
-                if chunk.index >= len(self._prefix):
-                    raise ValueError(
-                        f"the service sent chunk {chunk.index}, which nobody asked for"
-                    )
                 data = attached.slot(chunk.offset, session.chunk_bytes).toreadonly()
                 self._views.append(data)
                 yield LoadedChunk(chunk.index, data)

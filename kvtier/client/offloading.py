@@ -168,7 +168,7 @@ class Offload:
         request = pb.AbortRequest(session_id=session.id, lease_id=lease_id)
 
         def give_up() -> None:
-            self._connection.drop(session, "a lease could not be given back")
+            self._connection.abandon(session, "a lease could not be given back")
 
         try:
             session.transport.post("Abort", request, give_up)
@@ -201,7 +201,8 @@ class _Batch:
             self.views[index] = memoryview(bytearray(nbytes))
 
     def publish(self, deadline_s: float) -> Sequence[tuple[int, int]]:
-        """Commit what was written; returns (index in the prefix, CommitStatus)."""
+        """Commit what was written; returns (index in the prefix, CommitStatus). Raises ValueError
+        when the answer is about other chunks."""
         session = self.session
         transport = session.transport
         if session.attached is None:
@@ -214,7 +215,10 @@ class _Batch:
                 indexes=[index - self.start for index in self.written],
             )
             response = transport.call("Commit", request, deadline_s)
-        return [(chunk.index + self.start, chunk.status) for chunk in response.chunks]
+        answered = {chunk.index + self.start: chunk.status for chunk in response.chunks}
+        if len(answered) < len(response.chunks) or not answered.keys() <= {*self.written}:
+            raise ValueError("the service answered for chunks that were not sent")
+        return list(answered.items())
 
     def _messages(self) -> Iterator[pb.PutRequest]:
         header = pb.PutHeader(session_id=self.session.id, lease_id=self.lease_id)

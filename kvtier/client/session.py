@@ -13,6 +13,7 @@ from kvtier.spaces import Space
 from kvtier.transfer.paths.shm import HeldTether
 
 MAX_ARENA_BYTES = 1 << 46
+MAX_KEYS = 1 << 18  # in one request: more may not fit in one message of the answer
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +106,7 @@ def attach(
         transport=transport,
         stream=stream,
         chunk_bytes=opened.chunk_bytes,
-        max_keys=opened.max_keys,
+        max_keys=min(opened.max_keys, MAX_KEYS),
         max_write_lease_bytes=opened.max_write_lease_bytes,
         attached=attached,
     )

@@ -99,7 +99,7 @@ def service() -> ScriptedService:
 
 @pytest.fixture
 def client(service: ScriptedService) -> Iterator[Client]:
-    made = connect_through(lambda: ScriptedTransport(service), SPACE)
+    made = connect_through(lambda: ScriptedTransport(service), SPACE, path=pb.DATA_PATH_INLINE)
     yield made
     made.close()
 
@@ -175,7 +175,7 @@ def test_a_lost_answer_to_reserve_is_followed_by_an_abort(
 
 
 def test_close_ends_the_background_thread(service: ScriptedService) -> None:
-    client = connect_through(lambda: ScriptedTransport(service), SPACE)
+    client = connect_through(lambda: ScriptedTransport(service), SPACE, path=pb.DATA_PATH_INLINE)
     open_session(service, client)
     client.close()
     client.close()

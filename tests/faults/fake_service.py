@@ -4,7 +4,6 @@ It speaks kvtier.v1 over a unix socket from threads of this process. `lies` maps
 what is done to its honest answers before they go out: bytes go out as they are.
 """
 
-import fcntl
 import mmap
 import os
 import threading
@@ -55,7 +54,6 @@ class FakeService:
         self.space = space
         self.lies: dict[str, Lie] = {}
         self.calls: list[str] = []
-        self.released = threading.Event()  # ends every hang
         self.arena_path = directory / "arena"
         self.tether_path = directory / "tether"
         self.arena_path.write_bytes(bytes(ARENA_BYTES))
@@ -79,16 +77,9 @@ class FakeService:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.released.set()
         self.lies.clear()
         self._server.stop(0).wait()
         self._pool.shutdown()
-
-    def hang(self, answer: Any, call: Call) -> Any:
-        """A lie: nothing comes until the test is over or the client gives up."""
-        call.add_callback(self.released.set)
-        self.released.wait()
-        return answer
 
     def slot(self, key: bytes) -> memoryview:
         """Where a chunk lies."""
@@ -237,14 +228,11 @@ class FakeService:
             self._offsets.setdefault(key, len(self._offsets) * self.space.layout.nbytes)
 
 
-def is_held(path: Path) -> bool:
-    """Whether another process than this one holds the tether at a path."""
-    with path.open("r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def wait_for_end(call: Call) -> None:
+    """Return when the client has given the call up, or the service stops."""
+    ended = threading.Event()
+    if call.add_callback(ended.set):
+        ended.wait()
 
 
 def _encode(answer: Answer) -> bytes:
