@@ -13,7 +13,9 @@ from typing import Self
 from grpc import aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_health.v1.health import aio as aio_health
+from grpc_health.v1.health import (
+    aio as aio_health,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 

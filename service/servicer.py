@@ -149,8 +149,10 @@ class Servicer(CacheServicer):
         outcomes = self._cache.commit(session, request.lease_id, request.indexes)
         return pb.CommitResponse(chunks=_committed(request.indexes, outcomes))
 
-    async def Put(self, requests: AsyncIterator[pb.PutRequest], context: Context) -> pb.PutResponse:
-        first = await anext(aiter(requests), None)
+    async def Put(
+        self, request_iterator: AsyncIterator[pb.PutRequest], context: Context
+    ) -> pb.PutResponse:
+        first = await anext(aiter(request_iterator), None)
         if first is None or not first.HasField("header"):
             raise InvalidRequest("header: the first message of a Put must carry it")
         session = self._session(first.header.session_id)
@@ -159,7 +161,7 @@ class Servicer(CacheServicer):
         if lease is not None and lease.filling:
             raise InvalidRequest(f"lease_id: another Put fills lease {lease_id}")
         try:
-            whole, corrupt = await self._receive(lease, requests)
+            whole, corrupt = await self._receive(lease, request_iterator)
         except BaseException:  # also a client that went away: its chunks are not to be published
             self._cache.abort(session, lease_id)
             raise
