@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtier.config import Config, Cpu, Disk
+from kvtier.errors import ConfigError
 from kvtier.kernels.codecs import codec_by_name
 from kvtier.kernels.host import SharedMemory, remove_stale
 from kvtier.metrics import Counters
@@ -70,8 +71,15 @@ def build(config: Config, progress: Progress) -> Core:
     Raises AlreadyRunning when another service owns the disk directory, ConfigError when a tier does
     not fit where it is told to be.
     """
-    store = _open_store(config.disk)
-    memory = Memory(_create_arena(config.cpu, progress))
+    region = _create_arena(config.cpu)
+    try:
+        store = _open_store(config.disk)
+    except BaseException:
+        region.close(unlink=True)
+        raise
+    for done in region.populate():  # the slow part comes when nothing can be refused any more
+        progress("arena", done, region.nbytes)
+    memory = Memory(region)
     counters = Counters()
     history = History(config.limits.history)
     placement = Placement(memory, store, history, counters)
@@ -100,12 +108,12 @@ def _open_store(disk: Disk) -> Store | None:
     return DiskTier.open(disk.directory, disk.capacity, codec, disk.read_threads)
 
 
-def _create_arena(cpu: Cpu, progress: Progress) -> SharedMemory:
+def _create_arena(cpu: Cpu) -> SharedMemory:
     for arena in remove_stale(cpu.directory, "kvtier-*.arena"):
         for tether in arena.parent.glob(f"{arena.name}.*"):
             tether.unlink(missing_ok=True)
     path = cpu.directory / f"kvtier-{secrets.token_hex(8)}.arena"
-    region = SharedMemory.create(path, cpu.capacity)
-    for done in region.populate():
-        progress("arena", done, region.nbytes)
-    return region
+    try:
+        return SharedMemory.create(path, cpu.capacity)
+    except OSError as error:
+        raise ConfigError(f"cpu.directory: no arena in {cpu.directory}: {error}") from None

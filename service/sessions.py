@@ -13,6 +13,7 @@ from kvtier.transfer.paths.shm import Tether
 
 SESSION_ID_BYTES = 16
 _TETHER_RETRY_S = 0.05
+_TETHER_WATCH_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,7 @@ class Sessions:
         # Connections that broke while their process still lives and may be copying.
         self._lingering: dict[bytes, Session] = {}
         self._reaper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -63,6 +65,8 @@ class Sessions:
         tether = None
         if tethered:
             tether = Tether(Path(f"{self._arena_path}.{session_id.hex()}"))
+            if self._watcher is None or self._watcher.done():
+                self._watcher = asyncio.create_task(self._watch(), name="kvtier-tethers")
         leases = Leases(self._index)
         session = Session(session_id, client, branch, leases, tether, asyncio.Event())
         self._sessions[session_id] = session
@@ -73,6 +77,8 @@ class Sessions:
         session = self._sessions.get(session_id)
         if session is None:
             raise SessionEnded("session_id: unknown or over; open a new session")
+        if session.tether is not None and not session.tether.was_held:
+            session.tether.is_released()  # notes that it is held
         return session
 
     def uses(self, branch: Branch) -> bool:
@@ -98,9 +104,10 @@ class Sessions:
 
     async def close(self) -> None:
         """End everything; the arena is about to go, so nobody is waited for."""
-        if self._reaper is not None:
-            self._reaper.cancel()
-            await asyncio.gather(self._reaper, return_exceptions=True)
+        for task in (self._reaper, self._watcher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         for session in (*self._sessions.values(), *self._lingering.values()):
             self._bury(session)
         self._sessions.clear()
@@ -113,6 +120,16 @@ class Sessions:
                 if session.tether is None or session.tether.is_released():
                     del self._lingering[session.id]
                     self._bury(session)
+
+    async def _watch(self) -> None:
+        """End the sessions of clients that died without their connection breaking: a process that
+        they forked has inherited it."""
+        while self._sessions:
+            await asyncio.sleep(_TETHER_WATCH_S)
+            for session in self._sessions.values():
+                tether = session.tether
+                if tether is not None and tether.was_held and tether.is_released():
+                    session.closing.set()
 
     def _bury(self, session: Session) -> None:
         self._on_discard(session.leases.end_all())
