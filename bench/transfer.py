@@ -35,6 +35,8 @@ from kvtier.transfer.paths.inline import MESSAGE_BYTES
 
 _DEADLINE_S = 120.0
 _SMALL_CHUNK_BYTES = 16 * MIB
+_LEAST_ROUNDS, _MOST_ROUNDS = 9, 60
+_MEASURED_BYTES = 4096 * MIB
 _ROOM = 2.2  # of the batch: a session may reserve half of the arena
 
 
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", choices=("shm", "inline"), default="shm")
     parser.add_argument("--chunk-mib", type=float, default=32.0, metavar="MIB")
     parser.add_argument("--batch", type=int, default=16, metavar="CHUNKS")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, help="by default more where chunks are small")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,8 +80,9 @@ def run(options: argparse.Namespace) -> int:
         if not client.wait_ready(_DEADLINE_S):
             raise SidecarFailed("the client could not connect")
         trial = Trial(client, options.batch, nbytes)
+        count = options.rounds or _rounds_for(options.batch * nbytes)
         with _reference(options.path, trial) as reference:
-            rounds = trial.run(reference, options.rounds)
+            rounds = trial.run(reference, count)
     _report(options, nbytes, rounds, reference.what).emit(options)
     return 0
 
@@ -160,6 +163,11 @@ def copy_all(targets: list[Buffer], sources: list[Buffer]) -> None:
         np.copyto(target, source)
 
 
+def _rounds_for(batch_bytes: int) -> int:
+    """Enough for a median that a busy moment does not move."""
+    return min(_MOST_ROUNDS, max(_LEAST_ROUNDS, _MEASURED_BYTES // batch_bytes))
+
+
 def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str) -> Report:
     total_gb = options.batch * nbytes / 1e9
     small = options.path == "shm" and nbytes < _SMALL_CHUNK_BYTES
@@ -169,6 +177,8 @@ def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str)
         figures={
             "offload_ratio": ratio(rounds.sent, rounds.offload),
             "load_ratio": ratio(rounds.received, rounds.load),
+            "offload_ratio_of_best": min(rounds.sent) / min(rounds.offload),
+            "load_ratio_of_best": min(rounds.received) / min(rounds.load),
             "offload_gb_s": total_gb / median(rounds.offload),
             "load_gb_s": total_gb / median(rounds.load),
             "reference_offload_gb_s": total_gb / median(rounds.sent),
@@ -178,7 +188,7 @@ def _report(options: argparse.Namespace, nbytes: int, rounds: Rounds, what: str)
             "path": options.path,
             "chunk_bytes": nbytes,
             "batch": options.batch,
-            "rounds": options.rounds,
+            "rounds": len(rounds.load),
             "reference": what,
         },
         targets={"offload_ratio": target, "load_ratio": target},
