@@ -21,15 +21,13 @@ from grpc_reflection.v1alpha import reflection
 
 from kvtier.config import Config
 from kvtier.errors import AlreadyRunning, ConfigError
-from kvtier.proto import cache_pb2 as pb
 from kvtier.proto.cache_pb2_grpc import add_CacheServicer_to_server
 from kvtier.service.build import Core, Progress, build
-from kvtier.service.servicer import Servicer
+from kvtier.service.servicer import SERVICE, Servicer, inline_handlers
 from kvtier.service.status import ErrorStatus
 
 logger = logging.getLogger(__name__)
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 # Calls under way get this long to end by themselves when the service stops.
 _STOP_GRACE_S = 1.0
 _BASE_MESSAGE_BYTES = 4 << 20
@@ -110,7 +108,9 @@ async def _start(
     )
     health = aio_health.HealthServicer()
     add_HealthServicer_to_server(health, server)
-    add_CacheServicer_to_server(Servicer(core.cache, core.explainer), server)
+    servicer = Servicer(core.cache, core.explainer)
+    server.add_generic_rpc_handlers((inline_handlers(servicer),))
+    add_CacheServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
     _bind(server, config.server.listen, socket)
     core.start()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
 from typing import Any, TypeAlias
 
+import grpc
 from grpc import aio
 
 from kvtier.chunks import ChunkKey
@@ -21,8 +22,12 @@ from kvtier.transfer.paths import inline
 from kvtier.version import __version__
 
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
+SERVICE = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 # Read leases of Get calls are the service's own: clients choose 64-bit ids, these lie above.
 _OWN_LEASES = 1 << 64
+# Messages with a piece are read and written by hand, see `transfer/paths/inline.py`.
+PutMessage: TypeAlias = inline.Piece | pb.PutRequest
+GetMessage: TypeAlias = inline.Piece | pb.GetResponse
 
 
 class Servicer(CacheServicer):
@@ -50,7 +55,7 @@ class Servicer(CacheServicer):
         try:
             yield pb.SessionEvent(opened=self._opened(session, path))
             await session.closing.wait()
-            yield pb.SessionEvent(closing=pb.SessionClosing(reason="the service is stopping"))
+            yield pb.SessionEvent(closing=pb.SessionClosing(reason="the service ends it"))
         finally:
             self._cache.end_session(session)
 
@@ -96,7 +101,9 @@ class Servicer(CacheServicer):
             )
         yield pb.LoadResponse(end=_end(loading.stop, brought))
 
-    async def Get(self, request: pb.GetRequest, context: Context) -> AsyncIterator[pb.GetResponse]:
+    async def Get(  # type: ignore[override]
+        self, request: pb.GetRequest, context: Context
+    ) -> AsyncIterator[GetMessage]:
         session, keys = self._session_and_keys(request.session_id, request.keys)
         lease = self._cache.open_read(session, next(self._own_leases))
         view = self._cache.placement.memory.view
@@ -150,10 +157,10 @@ class Servicer(CacheServicer):
         return pb.CommitResponse(chunks=_committed(request.indexes, outcomes))
 
     async def Put(
-        self, request_iterator: AsyncIterator[pb.PutRequest], context: Context
+        self, request_iterator: AsyncIterator[PutMessage], context: Context
     ) -> pb.PutResponse:
         first = await anext(aiter(request_iterator), None)
-        if first is None or not first.HasField("header"):
+        if not isinstance(first, pb.PutRequest) or not first.HasField("header"):
             raise InvalidRequest("header: the first message of a Put must carry it")
         session = self._session(first.header.session_id)
         lease_id = first.header.lease_id
@@ -170,7 +177,7 @@ class Servicer(CacheServicer):
         return pb.PutResponse(chunks=_committed(whole, outcomes) + _committed(corrupt, broken))
 
     async def _receive(
-        self, lease: Lease | None, requests: AsyncIterator[pb.PutRequest]
+        self, lease: Lease | None, requests: AsyncIterator[PutMessage]
     ) -> tuple[list[int], list[int]]:
         """Fill the lease's slots; returns the indexes that arrived whole and those that are
         corrupt."""
@@ -180,7 +187,7 @@ class Servicer(CacheServicer):
         assemblies: dict[int, inline.Assembly] = {}
         verdicts: dict[int, bool] = {}
         async for request in requests:
-            piece = inline.Piece(request.piece.index, request.piece.data, request.piece.checksum)
+            piece = request if isinstance(request, inline.Piece) else inline.piece_of(request.piece)
             if lease is None or lease.ended or piece.index not in lease.replicas:
                 raise InvalidRequest(f"piece: chunk {piece.index} is not reserved by this lease")
             assembly = assemblies.get(piece.index)
@@ -251,16 +258,28 @@ class Servicer(CacheServicer):
         return session, keys_of(packed, self._cache.rules.limits.keys_per_request)
 
 
+def inline_handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """Put and Get with the inline path's own reading and writing of messages; to be added before
+    the generated handlers, which would answer them otherwise."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Put": grpc.stream_unary_rpc_method_handler(
+            servicer.Put, inline.read_put, pb.PutResponse.SerializeToString
+        ),
+        "Get": grpc.unary_stream_rpc_method_handler(
+            servicer.Get, pb.GetRequest.FromString, inline.write_get
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
 _PATHS = (pb.DATA_PATH_SHM, pb.DATA_PATH_INLINE)
 
 
-def _pieces(lease: Lease, index: int, chunk: memoryview) -> Iterator[pb.GetResponse]:
+def _pieces(lease: Lease, index: int, chunk: memoryview) -> Iterator[inline.Piece]:
     for piece in inline.cut(index, chunk, inline.checksum(chunk)):
         if lease.ended:  # the session ended between two messages: the slot is no longer ours
             raise InvalidRequest("session_id: the session ended during the call")
-        response = pb.GetResponse()
-        inline.pack(piece, response.piece)
-        yield response
+        yield piece
 
 
 def _end(stop: LoadStop, chunks: int) -> pb.LoadEnd:

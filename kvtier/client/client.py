@@ -13,8 +13,9 @@ from typing import Any, Self
 from google.protobuf.message import Message
 
 from kvtier.chunks import Prefix, chain, pack_tokens
+from kvtier.client.buffers import Buffers
 from kvtier.client.connection import Connection
-from kvtier.client.loading import Buffers, Loaded
+from kvtier.client.loading import Loaded
 from kvtier.client.offloading import Offload
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.stats import ServiceStats, read_stats
@@ -125,7 +126,7 @@ class Client:
         ...         slot.write(my_chunk(slot.index))
         >>> offload.outcome.stored                     # doctest: +SKIP
         """
-        return Offload(self._connection, prefix, deadline_s or self.deadline_s)
+        return Offload(self._connection, self._buffers, prefix, deadline_s or self.deadline_s)
 
     def prefetch(self, prefix: Prefix) -> int:
         """Start bringing chunks from disk to RAM; returns how many are there or on their way."""

@@ -1,19 +1,22 @@
 """Reading chunks: one load, as the engine sees it."""
 
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from kvtier.chunks import Prefix
+from kvtier.client.buffers import Buffers, is_idle
 from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES, Stream
 from kvtier.kernels.host import copy
 from kvtier.proto import cache_pb2 as pb
 from kvtier.transfer.paths import inline
+
+GetMessage: TypeAlias = inline.Piece | pb.GetResponse
 
 # The service ends a load by itself at its deadline; the call gets a little longer to say so.
 _GRACE_S = 0.25
@@ -30,27 +33,6 @@ class LoadedChunk:
     def read_into(self, target: memoryview) -> None:
         """Copy the chunk into a writable buffer of the same size, without the GIL."""
         copy(target, self.data)
-
-
-class Buffers:
-    """Chunk-sized buffers for the inline path, kept for the next load: fresh pages are slow."""
-
-    def __init__(self, keep_bytes: int) -> None:
-        self._keep_bytes = keep_bytes
-        self._free: list[bytearray] = []
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> bytearray:
-        with self._lock:
-            if self._free and len(self._free[-1]) == nbytes:
-                return self._free.pop()
-        return bytearray(nbytes)
-
-    def give_back(self, buffers: list[bytearray]) -> None:
-        with self._lock:
-            for buffer in buffers:
-                if (len(self._free) + 1) * len(buffer) <= self._keep_bytes:
-                    self._free.append(buffer)
 
 
 class Loaded:
@@ -73,7 +55,7 @@ class Loaded:
         self._until = time.monotonic() + deadline_s
         self._session: Session | None = None
         self._lease_id = 0
-        self._stream: Stream[pb.LoadResponse] | Stream[pb.GetResponse] | None = None
+        self._stream: Stream[pb.LoadResponse] | Stream[GetMessage] | None = None
         self._views: list[memoryview] = []
         self._borrowed: list[bytearray] = []
 
@@ -103,12 +85,10 @@ class Loaded:
         session.leave()
 
     def _let_go_of_views(self) -> None:
-        try:
+        self._buffers.give_back(self._borrowed)
+        with suppress(BufferError):  # an array over a slot that outlives the block is its problem
             for view in self._views:
                 view.release()
-        except BufferError:
-            return  # an array over a chunk outlives the block: its buffer is not used again
-        self._buffers.give_back(self._borrowed)
 
     def _post_release(self, session: Session, request: pb.ReleaseRequest) -> None:
         # A lease that could not be released ends with its session, so the session has to go.
@@ -132,6 +112,7 @@ class Loaded:
                     raise ValueError(f"the service sent chunk {chunk.index}, not {expected}")
                 expected += 1
                 yield chunk
+                del chunk  # so that its buffer can be used again
         except SERVICE_FAILURES as failure:
             self._connection.failed(session, "load", failure)
         else:
@@ -165,25 +146,33 @@ class Loaded:
             deadline_ms=self._remaining_ms(),
         )
         timeout_s = request.deadline_ms / 1000 + _GRACE_S
-        stream: Stream[pb.GetResponse] = session.transport.stream("Get", request, timeout_s)
+        stream: Stream[GetMessage] = session.transport.stream("Get", request, timeout_s)
         self._stream = stream
         assembly: inline.Assembly | None = None
-        view = memoryview(b"")
-        for response in stream:
-            if not response.HasField("piece"):
+        buffer = bytearray()
+        for message in stream:
+            if isinstance(message, inline.Piece):
+                piece = message
+            elif message.HasField("piece"):
+                piece = inline.piece_of(message.piece)
+            else:
                 return
             if assembly is None:
-                buffer = self._buffers.take(session.chunk_bytes)
-                self._borrowed.append(buffer)
-                view = memoryview(buffer)
-                assembly = inline.Assembly(view)
-            wire = response.piece
-            verdict = assembly.add(inline.Piece(wire.index, wire.data, wire.checksum))
+                buffer = self._idle_buffer(session.chunk_bytes)
+                assembly = inline.Assembly(memoryview(buffer))
+            verdict = assembly.add(piece)
             if verdict is None:
                 continue
             if not verdict:
-                raise ValueError(f"chunk {wire.index} arrived with a wrong checksum")
+                raise ValueError(f"chunk {piece.index} arrived with a wrong checksum")
             assembly = None
-            data = view.toreadonly()
-            self._views += [data, view]
-            yield LoadedChunk(wire.index, data)
+            yield LoadedChunk(piece.index, memoryview(buffer).toreadonly())
+
+    def _idle_buffer(self, nbytes: int) -> bytearray:
+        """One of this load's buffers that its reader has let go of, or one more."""
+        for buffer in self._borrowed:
+            if is_idle(buffer):
+                return buffer
+        buffer = self._buffers.take(nbytes)
+        self._borrowed.append(buffer)
+        return buffer

@@ -1,11 +1,13 @@
 """Writing chunks: one offload, as the engine sees it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from kvtier.chunks import Prefix
+from kvtier.client.buffers import Buffers
 from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES
@@ -15,6 +17,8 @@ from kvtier.transfer.paths import inline
 
 # Reserved at once: large enough to amortise two calls, small enough to leave others their room.
 BATCH_BYTES = 512 << 20
+# Held in this process's own memory until it is sent: enough to amortise the calls.
+INLINE_BATCH_BYTES = 64 << 20
 
 _REFUSALS = {
     pb.RESERVE_STATUS_BEING_WRITTEN: "another client is writing it",
@@ -61,8 +65,11 @@ class Offload:
     Whatever the service does, the loop only ends early; `outcome` says what became of each chunk.
     """
 
-    def __init__(self, connection: Connection, prefix: Prefix, deadline_s: float) -> None:
+    def __init__(
+        self, connection: Connection, buffers: Buffers, prefix: Prefix, deadline_s: float
+    ) -> None:
         self._connection = connection
+        self._buffers = buffers
         self._prefix = prefix
         self._deadline_s = deadline_s
         self._session: Session | None = None
@@ -96,7 +103,8 @@ class Offload:
         session = self._session
         if session is None:
             return
-        step = max(1, min(BATCH_BYTES, session.max_write_lease_bytes) // session.chunk_bytes)
+        most = BATCH_BYTES if session.attached is not None else INLINE_BATCH_BYTES
+        step = max(1, min(most, session.max_write_lease_bytes) // session.chunk_bytes)
         step = min(step, session.max_keys)
         for start in range(0, len(self._prefix), step):
             batch = self._reserve(session, start, self._prefix[start : start + step])
@@ -104,7 +112,10 @@ class Offload:
                 return
             self._batch = batch
             for index, view in batch.views.items():
-                yield WriteSlot(index, view)
+                slot = WriteSlot(index, view[:])
+                yield slot
+                with suppress(BufferError):  # an array over it is its caller's problem
+                    slot.data.release()
                 batch.written.append(index)
             self._batch = None
             if not self._finish(batch):
@@ -122,7 +133,7 @@ class Offload:
             response = session.transport.call("Reserve", request, self._deadline_s)
             if len(response.chunks) != len(keys):
                 raise ValueError(f"the service answered {len(response.chunks)} of {len(keys)} keys")
-            batch = _Batch(session, lease_id, start)
+            batch = _Batch(session, self._buffers, lease_id, start)
             for index, chunk in enumerate(response.chunks, start):
                 self._sort(batch, index, chunk)
         except SERVICE_FAILURES as failure:
@@ -148,6 +159,7 @@ class Offload:
         if not batch.written:
             if batch.views:
                 self._abort(session, batch.lease_id)
+            batch.release()
             return True
         try:
             for index, status in batch.publish(self._deadline_s):
@@ -161,6 +173,8 @@ class Offload:
             self._connection.failed(session, "commit", failure)
             self._refuse_rest(UNREACHABLE)
             return False
+        finally:
+            batch.release()
         self._connection.succeeded()
         return True
 
@@ -185,12 +199,14 @@ class Offload:
 class _Batch:
     """The chunks of one reservation that this client writes, by their index in the prefix."""
 
-    def __init__(self, session: Session, lease_id: int, start: int) -> None:
+    def __init__(self, session: Session, buffers: Buffers, lease_id: int, start: int) -> None:
         self.session = session
         self.lease_id = lease_id
         self.start = start
         self.views: dict[int, memoryview] = {}
         self.written: list[int] = []
+        self.buffers = buffers
+        self.borrowed: list[bytearray] = []
 
     def add(self, index: int, offset: int) -> None:
         """Take a slot into the batch. Raises ValueError when the service named no valid one."""
@@ -198,7 +214,9 @@ class _Batch:
         if self.session.attached is not None:
             self.views[index] = self.session.attached.slot(offset, nbytes)
         else:
-            self.views[index] = memoryview(bytearray(nbytes))
+            buffer = self.buffers.take(nbytes)
+            self.borrowed.append(buffer)
+            self.views[index] = memoryview(buffer)
 
     def publish(self, deadline_s: float) -> Sequence[tuple[int, int]]:
         """Commit what was written; returns (index in the prefix, CommitStatus). Raises ValueError
@@ -220,15 +238,17 @@ class _Batch:
             raise ValueError("the service answered for chunks that were not sent")
         return list(answered.items())
 
-    def _messages(self) -> Iterator[pb.PutRequest]:
+    def _messages(self) -> Iterator[inline.Piece | pb.PutRequest]:
         header = pb.PutHeader(session_id=self.session.id, lease_id=self.lease_id)
         yield pb.PutRequest(header=header)
         for index in self.written:
             view = self.views[index]
-            for piece in inline.cut(index - self.start, view, inline.checksum(view)):
-                request = pb.PutRequest()
-                inline.pack(piece, request.piece)
-                yield request
+            yield from inline.cut(index - self.start, view, inline.checksum(view))
+
+    def release(self) -> None:
+        """Give the buffers of an inline batch back."""
+        self.views.clear()
+        self.buffers.give_back(self.borrowed)
 
 
 def time_to_send(nbytes: int) -> float:

@@ -8,14 +8,17 @@ import grpc
 from google.protobuf.message import Message
 
 from kvtier.errors import InvalidRequest, KvtierError
+from kvtier.proto import cache_pb2 as pb
 from kvtier.proto.cache_pb2_grpc import CacheStub
+from kvtier.transfer.paths import inline
 
-AnswerT_co = TypeVar("AnswerT_co", bound=Message, covariant=True)
+AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 
 # What a transport raises when the service is absent, slow, dead or talks nonsense. Whoever sends a
 # message to a service must expect each of these, and nothing else. ValueError: a closed channel.
 SERVICE_FAILURES = (grpc.RpcError, KvtierError, TimeoutError, OSError, ValueError)
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 _MAX_MESSAGE_BYTES = 8 << 20
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a dead service's back-off must not outlive its channel
@@ -47,7 +50,7 @@ class Transport(Protocol):
         """One request, many answers."""
         ...
 
-    def upload(self, method: str, requests: Iterator[Message], timeout_s: float) -> Any:
+    def upload(self, method: str, requests: Iterator[Any], timeout_s: float) -> Any:
         """Many requests, one answer."""
         ...
 
@@ -60,6 +63,15 @@ class GrpcTransport:
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(grpc_target(target), options=_OPTIONS)
         self._stub = CacheStub(self._channel)
+        # Messages with pieces of chunks are read and written by hand.
+        read_get: Any = inline.read_get
+        write_put: Any = inline.write_put
+        self._stub.Get = self._channel.unary_stream(
+            f"/{_SERVICE}/Get", pb.GetRequest.SerializeToString, read_get
+        )
+        self._stub.Put = self._channel.stream_unary(
+            f"/{_SERVICE}/Put", write_put, pb.PutResponse.FromString
+        )
 
     def call(self, method: str, request: Message, timeout_s: float) -> Any:
         return getattr(self._stub, method)(request, timeout=timeout_s)
@@ -72,7 +84,7 @@ class GrpcTransport:
         stream: Stream[Any] = getattr(self._stub, method)(request, timeout=timeout_s)
         return stream
 
-    def upload(self, method: str, requests: Iterator[Message], timeout_s: float) -> Any:
+    def upload(self, method: str, requests: Iterator[Any], timeout_s: float) -> Any:
         return getattr(self._stub, method)(requests, timeout=timeout_s)
 
     def close(self) -> None:
