@@ -146,14 +146,11 @@ def _reference(path: str, trial: Trial) -> Iterator[Reference]:
 
         yield Reference("copy between populated buffers", plain, plain)
         return
-    nbytes = sum(source.nbytes for source in trial.sources)
-    message = bytes(MESSAGE_BYTES)
-    count = -(-nbytes // MESSAGE_BYTES)
-    with byte_stream() as stream:
+    with byte_stream(MESSAGE_BYTES, trial.sources[0].nbytes) as stream:
         yield Reference(
-            f"gRPC stream of {MESSAGE_BYTES} byte messages",
-            lambda: stream.send(count, message),
-            lambda: stream.receive(count, MESSAGE_BYTES),
+            f"bare gRPC stream of {MESSAGE_BYTES} byte messages, from buffer to buffer",
+            lambda: stream.send(trial.sources),
+            lambda: stream.receive(trial.targets),
         )
 
 
