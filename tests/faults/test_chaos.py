@@ -214,7 +214,8 @@ class Actor:
         request = pb.GetRequest(session_id=self.session.id, keys=b"".join(keys))
         parts: list[bytes] = []
         done = 0
-        async for response in self.servicer.Get(request, CONTEXT):
+        async for message in self.servicer.Get(request, CONTEXT):
+            response = pb.GetResponse.FromString(inline.write_get(message))  # as gRPC does: at once
             if response.HasField("piece"):
                 parts.append(response.piece.data)
                 assert response.piece.index == done

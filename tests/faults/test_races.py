@@ -15,6 +15,7 @@ from kvtier.service.explain import Explainer
 from kvtier.service.servicer import Servicer
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.base import Outcome, Record, StoreJob
+from kvtier.transfer.paths import inline
 from tests.core import SLOT_BYTES, Harness, content, harness
 from tests.fakes import MemoryStore
 from tests.sidecar import HANG_S
@@ -169,7 +170,8 @@ async def test_a_get_stops_when_its_session_ends_and_sends_nothing_of_others(
         h.placement.memory.view(answer.slot)[:] = b"k" * answer.slot.nbytes
         h.cache.commit(session, 1, [0])
         call = servicer.Get(pb.GetRequest(session_id=session.id, keys=key), CONTEXT)
-        assert set((await anext(call)).piece.data) == {ord("k")}
+        first = pb.GetResponse.FromString(inline.write_get(await anext(call)))
+        assert set(first.piece.data) == {ord("k")}
         h.cache.end_session(session)
         h.cache.evict(session, [], whole_space=True)
         h.placement.memory.region.view[:] = bytes(h.placement.memory.region.nbytes)

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from kvtier.proto import cache_pb2 as pb
-from tests.sidecar import Sidecar
+from tests.sidecar import Sidecar, until
 from tests.wire.own_client import (
     KEY_BYTES,
     TIMEOUT_S,
@@ -268,7 +268,13 @@ def test_too_many_spaces(tmp_path: Path) -> None:
         everything = pb.EvictRequest(session_id=clients[1].id, whole_space=True)
         clients[1].stub.Evict(everything, timeout=TIMEOUT_S)
         clients[1].close()
-        sidecar.until(lambda stats: stats.sessions == 1, "the space is not used any more")
+        opening = clients[0].stub.OpenSession
+
+        def opens() -> bool:
+            call = opening(request, timeout=TIMEOUT_S)
+            return refusal(lambda: [next(call), call.cancel()])[0] == grpc.StatusCode.OK
+
+        until(opens, "the empty space makes room for another")
         with OwnClient(sidecar.target, space_of("another")) as another:
             another.store(another.keys(1, 1))
         assert clients[0].verify(clients[0].keys(1, 1)) == 1
