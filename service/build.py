@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtier.config import Config, Cpu, Disk
-from kvtier.errors import ConfigError
+from kvtier.errors import AlreadyRunning, ConfigError
 from kvtier.kernels.codecs import codec_by_name
 from kvtier.kernels.host import SharedMemory, remove_stale
 from kvtier.metrics import Counters
@@ -112,8 +112,14 @@ def _create_arena(cpu: Cpu) -> SharedMemory:
     for arena in remove_stale(cpu.directory, "kvtier-*.arena"):
         for tether in arena.parent.glob(f"{arena.name}.*"):
             tether.unlink(missing_ok=True)
-    path = cpu.directory / f"kvtier-{secrets.token_hex(8)}.arena"
-    try:
-        return SharedMemory.create(path, cpu.capacity)
-    except OSError as error:
-        raise ConfigError(f"cpu.directory: no arena in {cpu.directory}: {error}") from None
+    while True:
+        path = cpu.directory / f"kvtier-{secrets.token_hex(8)}.arena"
+        try:
+            region = SharedMemory.create(path, cpu.capacity)
+        except AlreadyRunning:
+            continue  # another service that starts now is looking whether it is stale
+        except OSError as error:
+            raise ConfigError(f"cpu.directory: no arena in {cpu.directory}: {error}") from None
+        if path.exists():
+            return region
+        region.close(unlink=False)  # it took it for stale, just before we locked it

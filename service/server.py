@@ -48,17 +48,16 @@ class SocketLock:
         path = socket.with_name(socket.name + ".lock")
         try:
             socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"server.listen: {socket.parent} cannot be used: {error}") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while (fd := _lock(path)) is None:
+                pass
         except BlockingIOError:
-            os.close(fd)
             raise AlreadyRunning(
                 f"server.listen: another live service owns unix://{socket}"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"server.listen: {socket.parent} cannot be used: {error}") from None
         if socket.exists() and not socket.is_socket():
+            path.unlink()
             os.close(fd)
             raise ConfigError(f"server.listen: {socket} exists and is not a socket")
         socket.unlink(missing_ok=True)
@@ -69,6 +68,23 @@ class SocketLock:
         socket.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         os.close(self.fd)
+
+
+def _lock(path: Path) -> int | None:
+    """The locked file's descriptor; None when its owner removed it meanwhile, so that the lock is
+    of a file that nobody else will find. Raises BlockingIOError when it is owned."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(path.stat(), os.fstat(fd)):
+            return fd
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 async def serve(config: Config, progress: Progress, on_ready: Callable[[], None]) -> bool:

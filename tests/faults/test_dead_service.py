@@ -313,22 +313,3 @@ def test_a_start_that_cannot_be_says_why_and_leaves_nothing(
             assert setting.partition("=")[0] in refused(sidecar, *alone, setting), setting
             assert set(sidecar.memory.iterdir()) == before
     assert file.read_text() == "precious"
-
-
-@pytest.mark.slow
-def test_services_that_start_at_the_same_moment(tmp_path: Path) -> None:
-    """They share the directory of their arenas, and none takes another's for stale."""
-    first = Sidecar(tmp_path / "0")
-    services = [first, *(Sidecar(tmp_path / f"{number}") for number in range(1, 5))]
-    for service in services[1:]:
-        service.settings[1] = first.settings[1]
-    with ThreadPoolExecutor(len(services)) as pool:
-        list(pool.map(Sidecar.start, services))
-    assert len(list(first.memory.glob("*.arena"))) == len(services)
-    for service in services:
-        client = service.client()
-        assert len(offload(client, client.prefix(prompt_of(1, 5))).stored) == 5
-        client.close()
-        assert service.terminate() == 0
-    for service in services:
-        service.__exit__(None)
