@@ -110,7 +110,7 @@ class Cache:
     def lookup(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
         """How many leading chunks are held, and how many of them are in RAM. Moves nothing."""
         run = self._match(session.branch, keys)
-        in_ram = next((i for i, node in enumerate(run) if not node.ready(TierId.CPU)), len(run))
+        in_ram = self._index.leading(run, TierId.CPU)
         self._counters.lookups += 1
         self._counters.lookup_chunks += len(keys)
         self._counters.lookup_hits += len(run)

@@ -3,12 +3,16 @@
 The enums of `service/answers.py` have the numbers of their wire counterparts, so a value is cast.
 """
 
+import struct
+from typing import cast
+
 from kvtier.chunks import KEY_BYTES, ChunkKey
 from kvtier.errors import InvalidRequest
 from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Layout, Space
 
 MAX_CLIENT_NAME_BYTES = 256
+_KEY = struct.Struct(f"{KEY_BYTES}s")
 
 
 def keys_of(packed: bytes, limit: int) -> list[ChunkKey]:
@@ -20,9 +24,7 @@ def keys_of(packed: bytes, limit: int) -> list[ChunkKey]:
         raise InvalidRequest(
             f"keys: {count} given, at most {limit} in one request (limits.keys_per_request)"
         )
-    return [
-        ChunkKey(packed[start : start + KEY_BYTES]) for start in range(0, len(packed), KEY_BYTES)
-    ]
+    return cast("list[ChunkKey]", [key for (key,) in _KEY.iter_unpack(packed)])
 
 
 def parent_of(parent: bytes) -> ChunkKey:

@@ -179,6 +179,16 @@ class Index:
             run.append(node)
         return run
 
+    def leading(self, run: Sequence[Node], tier: TierId) -> int:
+        """How many leading chunks of a run a tier can serve."""
+        count = 0
+        for node in run:
+            replica = node.replicas[tier]
+            if replica is None or replica.state is not State.READY:
+                break
+            count += 1
+        return count
+
     def touch(self, run: Sequence[Node]) -> None:
         """Note the use of a run of chunks, last one first: a parent is never older than its child,
         so that an order by recency gives up leaves first."""
