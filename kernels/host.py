@@ -1,4 +1,4 @@
-"""Host memory that two processes share, and copies within it that leave the GIL.
+"""Host memory that two processes share.
 
 An arena is a file in a memory-backed directory, mapped by the service and by each client on the
 host. Its pages are populated before they are needed: first touch of a fresh page is several times
@@ -24,14 +24,6 @@ _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def copy(target: memoryview, source: memoryview) -> None:
-    """Copy bytes between two contiguous buffers of the same size, without the GIL.
-
-    Raises ValueError when their sizes differ or the target is read-only.
-    """
-    np.copyto(as_bytes_array(target), as_bytes_array(source))
 
 
 def as_bytes_array(buffer: memoryview) -> NDArray[np.uint8]:

@@ -1,6 +1,9 @@
-"""Chunk-sized buffers for the inline path."""
+"""What a client's loads and offloads share: chunk-sized buffers, and who copies."""
 
 import threading
+from dataclasses import dataclass
+
+from kvtier.kernels.copying import Copier
 
 # An exporter may not grow while it is viewed: room to try it in without moving anything.
 _SLACK_BYTES = 16
@@ -30,6 +33,14 @@ class Buffers:
             for buffer in filter(is_idle, buffers):
                 if (len(self._free) + 1) * len(buffer) <= self._keep_bytes:
                     self._free.append(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """One client's buffers for the inline path, and its copier."""
+
+    buffers: Buffers
+    copier: Copier
 
 
 def is_idle(buffer: bytearray) -> bool:

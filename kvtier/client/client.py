@@ -13,7 +13,7 @@ from typing import Any, Self
 from google.protobuf.message import Message
 
 from kvtier.chunks import Prefix, chain, pack_tokens
-from kvtier.client.buffers import Buffers
+from kvtier.client.buffers import Buffers, Workplace
 from kvtier.client.connection import Connection
 from kvtier.client.loading import Loaded
 from kvtier.client.offloading import Offload
@@ -21,6 +21,7 @@ from kvtier.client.session import Session, pack_keys
 from kvtier.client.stats import ServiceStats, read_stats
 from kvtier.client.transport import SERVICE_FAILURES, GrpcTransport, Transport, grpc_target
 from kvtier.errors import InvalidRequest
+from kvtier.kernels.copying import Copier
 from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Space
 
@@ -76,7 +77,7 @@ class Client:
         self._connection = connection
         self._on_close = on_close
         self._digest = space.digest
-        self._buffers = Buffers(_KEEP_BUFFERS_BYTES)
+        self._workplace = Workplace(Buffers(_KEEP_BUFFERS_BYTES), Copier())
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the service is connected; False when time ran out. Nothing needs this call:
@@ -116,7 +117,7 @@ class Client:
         ...     for chunk in loaded:                   # in order, as they land
         ...         chunk.read_into(my_buffer(chunk.index))
         """
-        return Loaded(self._connection, self._buffers, prefix, deadline_s or self.deadline_s)
+        return Loaded(self._connection, self._workplace, prefix, deadline_s or self.deadline_s)
 
     def offload(self, prefix: Prefix, deadline_s: float | None = None) -> Offload:
         """Store the chunks of a prefix that the service does not hold yet.
@@ -126,7 +127,7 @@ class Client:
         ...         slot.write(my_chunk(slot.index))
         >>> offload.outcome.stored                     # doctest: +SKIP
         """
-        return Offload(self._connection, self._buffers, prefix, deadline_s or self.deadline_s)
+        return Offload(self._connection, self._workplace, prefix, deadline_s or self.deadline_s)
 
     def prefetch(self, prefix: Prefix) -> int:
         """Start bringing chunks from disk to RAM; returns how many are there or on their way."""
@@ -192,6 +193,7 @@ class Client:
     def close(self) -> None:
         """End the session. Operations after this are misses; closing twice does nothing."""
         self._connection.close()
+        self._workplace.copier.close()
         on_close, self._on_close = self._on_close, lambda: None
         on_close()
 

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeAlias
 
 from kvtier.chunks import Prefix
-from kvtier.client.buffers import Buffers, is_idle
+from kvtier.client.buffers import Workplace, is_idle
 from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES, Stream
-from kvtier.kernels.host import copy
+from kvtier.kernels.copying import Copier
 from kvtier.proto import cache_pb2 as pb
 from kvtier.transfer.paths import inline
 
@@ -29,10 +29,11 @@ class LoadedChunk:
 
     index: int
     data: memoryview
+    copier: Copier = field(repr=False, compare=False)
 
     def read_into(self, target: memoryview) -> None:
         """Copy the chunk into a writable buffer of the same size, without the GIL."""
-        copy(target, self.data)
+        self.copier.copy(target, self.data)
 
 
 class Loaded:
@@ -45,12 +46,13 @@ class Loaded:
     def __init__(
         self,
         connection: Connection,
-        buffers: Buffers,
+        workplace: Workplace,
         prefix: Prefix,
         deadline_s: float,
     ) -> None:
         self._connection = connection
-        self._buffers = buffers
+        self._buffers = workplace.buffers
+        self._copier = workplace.copier
         self._prefix = prefix
         self._until = time.monotonic() + deadline_s
         self._session: Session | None = None
@@ -137,7 +139,7 @@ class Loaded:
             for chunk in response.chunks:
                 data = attached.slot(chunk.offset, session.chunk_bytes).toreadonly()
                 self._views.append(data)
-                yield LoadedChunk(chunk.index, data)
+                yield LoadedChunk(chunk.index, data, self._copier)
 
     def _streamed(self, session: Session) -> Iterator[LoadedChunk]:
         request = pb.GetRequest(
@@ -166,7 +168,9 @@ class Loaded:
             if not verdict:
                 raise ValueError(f"chunk {piece.index} arrived with a wrong checksum")
             assembly = None
-            yield LoadedChunk(piece.index, memoryview(buffer).toreadonly())
+            data = memoryview(buffer).toreadonly()
+            yield LoadedChunk(piece.index, data, self._copier)
+            del data
 
     def _idle_buffer(self, nbytes: int) -> bytearray:
         """One of this load's buffers that its reader has let go of, or one more."""

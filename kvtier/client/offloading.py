@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from kvtier.chunks import Prefix
-from kvtier.client.buffers import Buffers
+from kvtier.client.buffers import Buffers, Workplace
 from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES
-from kvtier.kernels.host import copy
+from kvtier.kernels.copying import Copier
 from kvtier.proto import cache_pb2 as pb
 from kvtier.transfer.paths import inline
 
@@ -51,10 +51,11 @@ class WriteSlot:
 
     index: int
     data: memoryview
+    copier: Copier = field(repr=False, compare=False)
 
     def write(self, source: memoryview) -> None:
         """Copy a chunk from a buffer of the same size, without the GIL."""
-        copy(self.data, source)
+        self.copier.copy(self.data, source)
 
 
 class Offload:
@@ -66,10 +67,10 @@ class Offload:
     """
 
     def __init__(
-        self, connection: Connection, buffers: Buffers, prefix: Prefix, deadline_s: float
+        self, connection: Connection, workplace: Workplace, prefix: Prefix, deadline_s: float
     ) -> None:
         self._connection = connection
-        self._buffers = buffers
+        self._workplace = workplace
         self._prefix = prefix
         self._deadline_s = deadline_s
         self._session: Session | None = None
@@ -112,7 +113,7 @@ class Offload:
                 return
             self._batch = batch
             for index, view in batch.views.items():
-                slot = WriteSlot(index, view[:])
+                slot = WriteSlot(index, view[:], self._workplace.copier)
                 yield slot
                 with suppress(BufferError):  # an array over it is its caller's problem
                     slot.data.release()
@@ -133,7 +134,7 @@ class Offload:
             response = session.transport.call("Reserve", request, self._deadline_s)
             if len(response.chunks) != len(keys):
                 raise ValueError(f"the service answered {len(response.chunks)} of {len(keys)} keys")
-            batch = _Batch(session, self._buffers, lease_id, start)
+            batch = _Batch(session, self._workplace.buffers, lease_id, start)
             for index, chunk in enumerate(response.chunks, start):
                 self._sort(batch, index, chunk)
         except SERVICE_FAILURES as failure:

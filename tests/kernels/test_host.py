@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import AlreadyRunning, ConfigError
-from kvtier.kernels.host import SharedMemory, copy, remove_stale
+from kvtier.kernels.host import SharedMemory, remove_stale
 
 NBYTES = 1 << 20
 
@@ -72,13 +72,3 @@ def test_a_mapping_in_use_survives_its_close(tmp_path: Path) -> None:
     memory.close(unlink=True)
     part[:] = b"in place"
     assert bytes(part) == b"in place"
-
-
-def test_copy_checks_sizes_and_writability() -> None:
-    target = bytearray(4)
-    copy(memoryview(target), memoryview(b"abcd"))
-    assert target == b"abcd"
-    with pytest.raises(ValueError, match="shape"):
-        copy(memoryview(target), memoryview(b"abc"))
-    with pytest.raises(ValueError, match="read-only"):
-        copy(memoryview(b"abcd"), memoryview(target))
