@@ -103,13 +103,12 @@ class InProcessTransport:
     def stream(self, method: str, request: Message, timeout_s: float | None) -> "InProcessStream":
         return InProcessStream(self._core, getattr(self._core.servicer, method)(request, None))
 
-    def upload(self, method: str, requests: Iterator[Message], timeout_s: float) -> Any:
+    def upload(self, method: str, requests: Iterator[Message]) -> "Future[Any]":
         async def each() -> AsyncIterator[Message]:
-            for request in requests:
+            while (request := await asyncio.to_thread(next, requests, None)) is not None:
                 yield request
 
-        future = self._core.submit(getattr(self._core.servicer, method)(each(), None))
-        return _answer(future, timeout_s)
+        return self._core.submit(getattr(self._core.servicer, method)(each(), None))
 
     def close(self) -> None:
         """Nothing to close: the core outlives its transports."""

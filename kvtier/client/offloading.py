@@ -1,24 +1,22 @@
 """Writing chunks: one offload, as the engine sees it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from kvtier.chunks import Prefix
-from kvtier.client.buffers import Buffers, Workplace
+from kvtier.client.batches import Batch, MappedBatch, Statuses, StreamedBatch
+from kvtier.client.buffers import Workplace
 from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES
 from kvtier.kernels.copying import Copier
 from kvtier.proto import cache_pb2 as pb
-from kvtier.transfer.paths import inline
 
 # Reserved at once: large enough to amortise two calls, small enough to leave others their room.
 BATCH_BYTES = 512 << 20
-# Held in this process's own memory until it is sent: enough to amortise the calls.
-INLINE_BATCH_BYTES = 64 << 20
 
 _REFUSALS = {
     pb.RESERVE_STATUS_BEING_WRITTEN: "another client is writing it",
@@ -74,7 +72,7 @@ class Offload:
         self._prefix = prefix
         self._deadline_s = deadline_s
         self._session: Session | None = None
-        self._batch: _Batch | None = None
+        self._reservation: _Reservation | None = None
         self.outcome = Offloaded()
 
     def __enter__(self) -> Self:
@@ -94,8 +92,8 @@ class Offload:
             self._refuse_rest(UNREACHABLE)
             return
         try:
-            if self._batch is not None:
-                self._finish(self._batch)
+            if self._reservation is not None:
+                self._finish(self._reservation)
         finally:
             self._refuse_rest(NOT_WRITTEN)
             session.leave()
@@ -104,25 +102,33 @@ class Offload:
         session = self._session
         if session is None:
             return
-        most = BATCH_BYTES if session.attached is not None else INLINE_BATCH_BYTES
-        step = max(1, min(most, session.max_write_lease_bytes) // session.chunk_bytes)
+        step = max(1, min(BATCH_BYTES, session.max_write_lease_bytes) // session.chunk_bytes)
         step = min(step, session.max_keys)
         for start in range(0, len(self._prefix), step):
-            batch = self._reserve(session, start, self._prefix[start : start + step])
-            if batch is None:
+            reservation = self._reserve(session, start, self._prefix[start : start + step])
+            if reservation is None:
                 return
-            self._batch = batch
-            for index, view in batch.views.items():
-                slot = WriteSlot(index, view[:], self._workplace.copier)
+            self._reservation = reservation
+            yield from self._fill(reservation)
+            self._reservation = None
+            if not self._finish(reservation):
+                return
+
+    def _fill(self, reservation: "_Reservation") -> Iterator[WriteSlot]:
+        batch = reservation.batch
+        try:
+            for index in batch.wanted:
+                view = batch.open(index)
+                slot = WriteSlot(index + reservation.start, view[:], self._workplace.copier)
                 yield slot
                 with suppress(BufferError):  # an array over it is its caller's problem
                     slot.data.release()
-                batch.written.append(index)
-            self._batch = None
-            if not self._finish(batch):
-                return
+                del slot, view
+                batch.wrote(index)
+        except SERVICE_FAILURES as failure:
+            reservation.failure = failure
 
-    def _reserve(self, session: Session, start: int, keys: Prefix) -> "_Batch | None":
+    def _reserve(self, session: Session, start: int, keys: Prefix) -> "_Reservation | None":
         lease_id = session.next_lease_id()
         request = pb.ReserveRequest(
             session_id=session.id,
@@ -130,54 +136,64 @@ class Offload:
             keys=pack_keys(keys.keys),
             parent=keys.parent,
         )
+        reservation = _Reservation(session, lease_id, start, self._new_batch(session, lease_id))
         try:
             response = session.transport.call("Reserve", request, self._deadline_s)
             if len(response.chunks) != len(keys):
                 raise ValueError(f"the service answered {len(response.chunks)} of {len(keys)} keys")
-            batch = _Batch(session, self._workplace.buffers, lease_id, start)
-            for index, chunk in enumerate(response.chunks, start):
-                self._sort(batch, index, chunk)
+            for index, chunk in enumerate(response.chunks):
+                self._sort(reservation, index, chunk)
         except SERVICE_FAILURES as failure:
-            self._abort(session, lease_id)
-            self._connection.failed(session, "reserve", failure)
-            self._refuse_rest(UNREACHABLE)
+            self._fail(reservation, "reserve", failure)
             return None
         self._connection.succeeded()
-        return batch
+        return reservation
 
-    def _sort(self, batch: "_Batch", index: int, chunk: pb.ReservedChunk) -> None:
+    def _new_batch(self, session: Session, lease_id: int) -> Batch:
+        if session.attached is None:
+            return StreamedBatch(session, self._workplace.buffers, lease_id, self._deadline_s)
+        return MappedBatch(session, session.attached, lease_id, self._deadline_s)
+
+    def _sort(self, reservation: "_Reservation", index: int, chunk: pb.ReservedChunk) -> None:
         if chunk.status == pb.RESERVE_STATUS_WRITE:
-            batch.add(index, chunk.offset)
+            reservation.batch.add(index, chunk.offset)
         elif chunk.status == pb.RESERVE_STATUS_EXISTS:
-            self.outcome.existing.append(index)
+            self.outcome.existing.append(index + reservation.start)
         else:
             reason = _REFUSALS.get(chunk.status, "the service gave no reason")
-            self.outcome.refused[index] = reason
+            self.outcome.refused[index + reservation.start] = reason
 
-    def _finish(self, batch: "_Batch") -> bool:
+    def _finish(self, reservation: "_Reservation") -> bool:
         """Publish what was written of a batch; False when the service could not be reached."""
-        session = batch.session
-        if not batch.written:
-            if batch.views:
-                self._abort(session, batch.lease_id)
-            batch.release()
-            return True
+        batch = reservation.batch
         try:
-            for index, status in batch.publish(self._deadline_s):
-                if status == pb.COMMIT_STATUS_STORED:
-                    self.outcome.stored.append(index)
-                else:
-                    reason = _COMMIT_REFUSALS.get(status, "the service gave no reason")
-                    self.outcome.refused[index] = reason
+            if reservation.failure is not None:
+                raise reservation.failure
+            if batch.written:
+                self._note(reservation, batch.publish())
+            elif batch.wanted:
+                self._abort(reservation.session, reservation.lease_id)
         except SERVICE_FAILURES as failure:
-            self._abort(session, batch.lease_id)
-            self._connection.failed(session, "commit", failure)
-            self._refuse_rest(UNREACHABLE)
+            self._fail(reservation, "commit", failure)
             return False
         finally:
-            batch.release()
+            batch.close()
         self._connection.succeeded()
         return True
+
+    def _note(self, reservation: "_Reservation", statuses: Statuses) -> None:
+        for index, status in statuses.items():
+            if status == pb.COMMIT_STATUS_STORED:
+                self.outcome.stored.append(index + reservation.start)
+            else:
+                reason = _COMMIT_REFUSALS.get(status, "the service gave no reason")
+                self.outcome.refused[index + reservation.start] = reason
+
+    def _fail(self, reservation: "_Reservation", what: str, failure: BaseException) -> None:
+        reservation.batch.close()
+        self._abort(reservation.session, reservation.lease_id)
+        self._connection.failed(reservation.session, what, failure)
+        self._refuse_rest(UNREACHABLE)
 
     def _abort(self, session: Session, lease_id: int) -> None:
         request = pb.AbortRequest(session_id=session.id, lease_id=lease_id)
@@ -197,62 +213,12 @@ class Offload:
                 self.outcome.refused[index] = reason
 
 
-class _Batch:
-    """The chunks of one reservation that this client writes, by their index in the prefix."""
+@dataclass(slots=True)
+class _Reservation:
+    """One Reserve and what comes of it. Indexes count from `start` in the prefix."""
 
-    def __init__(self, session: Session, buffers: Buffers, lease_id: int, start: int) -> None:
-        self.session = session
-        self.lease_id = lease_id
-        self.start = start
-        self.views: dict[int, memoryview] = {}
-        self.written: list[int] = []
-        self.buffers = buffers
-        self.borrowed: list[bytearray] = []
-
-    def add(self, index: int, offset: int) -> None:
-        """Take a slot into the batch. Raises ValueError when the service named no valid one."""
-        nbytes = self.session.chunk_bytes
-        if self.session.attached is not None:
-            self.views[index] = self.session.attached.slot(offset, nbytes)
-        else:
-            buffer = self.buffers.take(nbytes)
-            self.borrowed.append(buffer)
-            self.views[index] = memoryview(buffer)
-
-    def publish(self, deadline_s: float) -> Sequence[tuple[int, int]]:
-        """Commit what was written; returns (index in the prefix, CommitStatus). Raises ValueError
-        when the answer is about other chunks."""
-        session = self.session
-        transport = session.transport
-        if session.attached is None:
-            timeout_s = deadline_s + time_to_send(len(self.written) * session.chunk_bytes)
-            response = transport.upload("Put", self._messages(), timeout_s)
-        else:
-            request = pb.CommitRequest(
-                session_id=session.id,
-                lease_id=self.lease_id,
-                indexes=[index - self.start for index in self.written],
-            )
-            response = transport.call("Commit", request, deadline_s)
-        answered = {chunk.index + self.start: chunk.status for chunk in response.chunks}
-        if len(answered) < len(response.chunks) or not answered.keys() <= {*self.written}:
-            raise ValueError("the service answered for chunks that were not sent")
-        return list(answered.items())
-
-    def _messages(self) -> Iterator[inline.Piece | pb.PutRequest]:
-        header = pb.PutHeader(session_id=self.session.id, lease_id=self.lease_id)
-        yield pb.PutRequest(header=header)
-        for index in self.written:
-            view = self.views[index]
-            yield from inline.cut(index - self.start, view, inline.checksum(view))
-
-    def release(self) -> None:
-        """Give the buffers of an inline batch back."""
-        self.views.clear()
-        self.buffers.give_back(self.borrowed)
-
-
-def time_to_send(nbytes: int) -> float:
-    """Seconds to allow for sending so many bytes inline, at a tenth of what gRPC reaches
-    locally."""
-    return nbytes / 50e6
+    session: Session
+    lease_id: int
+    start: int
+    batch: Batch
+    failure: BaseException | None = None

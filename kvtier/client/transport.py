@@ -16,7 +16,14 @@ AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 
 # What a transport raises when the service is absent, slow, dead or talks nonsense. Whoever sends a
 # message to a service must expect each of these, and nothing else. ValueError: a closed channel.
-SERVICE_FAILURES = (grpc.RpcError, KvtierError, TimeoutError, OSError, ValueError)
+SERVICE_FAILURES = (
+    grpc.RpcError,
+    grpc.FutureTimeoutError,
+    grpc.FutureCancelledError,
+    KvtierError,
+    OSError,  # TimeoutError is one
+    ValueError,
+)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 _MAX_MESSAGE_BYTES = 8 << 20
@@ -35,6 +42,17 @@ class Stream(Protocol[AnswerT_co]):
     def cancel(self) -> object: ...
 
 
+class Pending(Protocol):
+    """An answer that is still to come."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The answer. Raises SERVICE_FAILURES."""
+        ...
+
+    def cancel(self) -> object: ...
+    def add_done_callback(self, fn: Callable[[Any], object]) -> object: ...
+
+
 class Transport(Protocol):
     """Calls methods of `kvtier.v1.Cache` by name. Every call may raise SERVICE_FAILURES."""
 
@@ -50,8 +68,8 @@ class Transport(Protocol):
         """One request, many answers."""
         ...
 
-    def upload(self, method: str, requests: Iterator[Any], timeout_s: float) -> Any:
-        """Many requests, one answer."""
+    def upload(self, method: str, requests: Iterator[Any]) -> "Pending":
+        """Many requests, taken by a thread of the transport, and one answer."""
         ...
 
     def close(self) -> None: ...
@@ -84,8 +102,9 @@ class GrpcTransport:
         stream: Stream[Any] = getattr(self._stub, method)(request, timeout=timeout_s)
         return stream
 
-    def upload(self, method: str, requests: Iterator[Any], timeout_s: float) -> Any:
-        return getattr(self._stub, method)(requests, timeout=timeout_s)
+    def upload(self, method: str, requests: Iterator[Any]) -> "Pending":
+        pending: Pending = getattr(self._stub, method).future(requests)
+        return pending
 
     def close(self) -> None:
         self._channel.close()

@@ -1,8 +1,19 @@
 """Buffers are used again when nobody looks at them, and never before."""
 
+from typing import Any
+
 import numpy as np
 
+from kvtier.client.batches import StreamedBatch
 from kvtier.client.buffers import Buffers, is_idle
+from kvtier.client.session import Session
+
+
+class NoService:
+    """A transport and stream that nobody should use."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was called")
 
 
 def test_a_viewed_buffer_is_not_idle() -> None:
@@ -35,3 +46,15 @@ def test_another_size_is_not_given() -> None:
     buffers = Buffers(keep_bytes=1000)
     buffers.give_back([buffers.take(100)])
     assert len(buffers.take(50)) == 50
+
+
+def test_a_batch_that_is_closed_twice_gives_its_buffers_back_once() -> None:
+    buffers = Buffers(keep_bytes=1000)
+    nobody: Any = NoService()
+    session = Session(bytes(16), nobody, nobody, 100, 10, 1000, None)
+    batch = StreamedBatch(session, buffers, 1, 1.0)
+    batch.add(0, 0)
+    batch.open(0)[:] = bytes(100)
+    batch.close()
+    batch.close()
+    assert buffers.take(100) is not buffers.take(100)

@@ -85,7 +85,7 @@ class ScriptedTransport:
     def stream(self, method: str, request: Message, timeout_s: float | None) -> Any:
         return ScriptedStream(self._service)
 
-    def upload(self, method: str, requests: Iterator[Message], timeout_s: float) -> Any:
+    def upload(self, method: str, requests: Iterator[Message]) -> Any:
         raise TimeoutError
 
     def close(self) -> None:
