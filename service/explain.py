@@ -59,16 +59,19 @@ class Explainer:
         self, space: Space, token_ids: bytes, extras: Sequence[bytes]
     ) -> Explanation | None:
         """The nearest space that holds the prompt. What another tenant holds is not disclosed: of
-        such a space only its existence is told."""
+        such a space only its existence is told, and only where nothing but the tenant differs: any
+        other one explains nothing."""
+        if self._holds(space, token_ids, extras):
+            return None  # the prompt parts from what is stored here: that says why
         found: list[tuple[int, str, list[str]]] = []
         for other in self._index.spaces:
             fields = space.differing_fields(other)
             if not fields:
                 continue
-            if "tenant" in fields:
+            if fields == ["tenant"]:
                 detail = "a space of another tenant exists; what it holds is not disclosed"
                 found.append((2 * len(fields) + 1, detail, fields))
-            elif self._holds(other, token_ids, extras):
+            elif "tenant" not in fields and self._holds(other, token_ids, extras):
                 detail = "the prompt's first chunk is held in a space that differs"
                 found.append((2 * len(fields), detail, fields))
         if not found:
