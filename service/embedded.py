@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -32,6 +33,7 @@ class EmbeddedCore:
             target=self._loop.run_forever, name="kvtier-core", daemon=True
         )
         self._thread.start()
+        self._process = os.getpid()
         self._gate = threading.Lock()
         self._closed = False
         try:
@@ -59,6 +61,8 @@ class EmbeddedCore:
 
     def close(self) -> None:
         """Stop the core, writing what RAM still holds to disk, and end its thread."""
+        if self._process != os.getpid():
+            return  # the thread is the parent's
         self._wait(self._stop(), self._config.server.shutdown_flush_s + _START_TIMEOUT_S)
         self._end_loop()
 

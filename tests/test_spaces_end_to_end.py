@@ -141,6 +141,7 @@ def test_other_weight_files_are_another_space(sidecar: Sidecar, tmp_path: Path) 
     assert explained.fields == ("weights",)
 
 
+@pytest.mark.slow
 def test_spaces_stay_apart_on_disk(tmp_path: Path) -> None:
     spaces = [SPACE, *list(CHANGES.values())]
     with Sidecar(tmp_path) as sidecar:

@@ -6,6 +6,7 @@ service answers again, after growing pauses if sessions keep failing.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 
@@ -38,6 +39,7 @@ class Connection:
         self._session: Session | None = None
         self._ready = threading.Event()
         self._closed = threading.Event()
+        self._process = os.getpid()
         self._failures = 0
         self._proven = False  # the present session has answered something
         self._opening: Callable[[], object] = lambda: None
@@ -46,8 +48,9 @@ class Connection:
 
     @property
     def session(self) -> Session | None:
-        """The open session, or None."""
-        return self._session
+        """The open session, or None; None in a process forked from the one that connected."""
+        session = self._session
+        return None if session is None or session.inherited else session
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until a session is open; False when time ran out."""
@@ -85,6 +88,8 @@ class Connection:
 
     def close(self) -> None:
         """End the session and the background thread."""
+        if self._process != os.getpid():
+            return  # they are the parent's
         self._closed.set()
         session = self._session
         self._session = None

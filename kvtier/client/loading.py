@@ -76,7 +76,7 @@ class Loaded:
         trace: TracebackType | None,
     ) -> None:
         session, self._session = self._session, None
-        if session is None:
+        if session is None or session.inherited:
             return
         if self._stream is not None:
             self._stream.cancel()

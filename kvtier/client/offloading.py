@@ -88,7 +88,7 @@ class Offload:
         trace: TracebackType | None,
     ) -> None:
         session, self._session = self._session, None
-        if session is None:
+        if session is None or session.inherited:
             self._refuse_rest(UNREACHABLE)
             return
         try:

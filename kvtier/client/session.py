@@ -1,5 +1,6 @@
 """An open session, seen from the client: what every request needs, and when its memory may go."""
 
+import os
 import threading
 from dataclasses import dataclass, field
 from itertools import count
@@ -46,6 +47,13 @@ class Session:
     _over: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _lease_ids: "count[int]" = field(default_factory=lambda: count(1))
+    _process: int = field(default_factory=os.getpid)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy of a process that was forked: neither the connection nor the
+        slots are its own, so it must not touch the one or give back the other."""
+        return self._process != os.getpid()
 
     def next_lease_id(self) -> int:
         return next(self._lease_ids)

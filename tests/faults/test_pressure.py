@@ -93,6 +93,7 @@ def test_an_arena_full_of_writers_refuses_and_hangs_nobody(client: Client) -> No
     assert leases(client) == 0
 
 
+@pytest.mark.slow
 def test_a_disk_hit_finds_no_room(tmp_path: Path) -> None:
     """The arena is full of leased slots, and the chunk is on disk only: fewer chunks, no wait."""
     with Sidecar(tmp_path) as sidecar:
@@ -139,6 +140,7 @@ def test_of_two_that_store_the_same_one_writes_and_both_read(tmp_path: Path, pat
             assert [load(client, client.prefix(prompt_of(n, 20))) for n in range(50)] == [20] * 50
 
 
+@pytest.mark.slow
 def test_many_readers_of_what_one_promotion_brings(tmp_path: Path) -> None:
     with Sidecar(tmp_path) as sidecar:
         client = sidecar.client()
@@ -162,6 +164,7 @@ def test_many_readers_of_what_one_promotion_brings(tmp_path: Path) -> None:
 # ── The disk ──
 
 
+@pytest.mark.slow
 def test_the_disk_stays_inside_its_capacity(tmp_path: Path) -> None:
     capacity = 16 << 20
     with Sidecar(
@@ -203,6 +206,7 @@ def small_medium(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_disk_tier_only(tmp_path: Path, small_medium: Path) -> None:
     """Its capacity says that there is room, the medium says that there is not."""
     disk = f"disk.directory={small_medium / 'disk'}"

@@ -281,6 +281,7 @@ def test_too_many_spaces(tmp_path: Path) -> None:
         clients[0].close()
 
 
+@pytest.mark.slow
 def test_too_many_leases(client: OwnClient) -> None:
     keys = client.keys(999, 1)
     for lease in range(1, 4097):
