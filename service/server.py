@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvtier.config import Config
 from kvtier.errors import AlreadyRunning, ConfigError
+from kvtier.kernels.allocator import keep_freed_memory
 from kvtier.proto.cache_pb2_grpc import add_CacheServicer_to_server
 from kvtier.service.build import Core, Progress, build
 from kvtier.service.servicer import SERVICE, Servicer, inline_handlers
@@ -93,6 +94,7 @@ async def serve(config: Config, progress: Progress, on_ready: Callable[[], None]
     Returns False when it stopped before all of RAM was written to disk. Raises ConfigError or
     AlreadyRunning when it cannot start.
     """
+    keep_freed_memory()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
