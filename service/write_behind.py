@@ -1,6 +1,7 @@
 """RAM to disk, behind the clients' backs: what was committed is written in groups, oldest first."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -8,6 +9,9 @@ from kvtier.service.placement import Placement
 from kvtier.tiers.base import ChunkMeta, Record, StoreJob
 from kvtier.tiers.index import Node, Replica, State, TierId
 from kvtier.transfer.mover import Mover
+
+# In one transaction: preparing it must not hold the loop up, however small chunks are.
+_MOST_CHUNKS = 1024
 
 
 class WriteBehind:
@@ -21,7 +25,8 @@ class WriteBehind:
         self._mover = mover
         self._commit_bytes = commit_bytes
         self._interval_s = commit_interval_s
-        self._dirty: dict[Node, None] = {}
+        # Not a plain dict: one that is emptied from the front is scanned over its dead entries.
+        self._dirty: OrderedDict[Node, None] = OrderedDict()
         self._dirty_bytes = 0
         self._some = asyncio.Event()
         self._full = asyncio.Event()
@@ -42,7 +47,7 @@ class WriteBehind:
         if self._dirty:
             self._clean.clear()
             self._some.set()
-        if self._dirty_bytes >= self._commit_bytes:
+        if self._enough:
             self._full.set()
 
     async def flush(self, timeout_s: float) -> bool:
@@ -82,9 +87,8 @@ class WriteBehind:
         assert store is not None
         promised = 0
         taken = 0
-        while self._dirty and taken < self._commit_bytes:
-            node = next(iter(self._dirty))
-            del self._dirty[node]
+        while self._dirty and taken < self._commit_bytes and len(batch) < _MOST_CHUNKS:
+            node, _ = self._dirty.popitem(last=False)
             nbytes = node.branch.space.layout.nbytes
             self._dirty_bytes -= nbytes
             source = self._writable(node)
@@ -100,9 +104,14 @@ class WriteBehind:
             target = placement.index.begin_copy(node, TierId.DISK, None)
             batch.append((source, target))
             taken += nbytes
-        if self._dirty_bytes < self._commit_bytes:
+        if not self._enough:
             self._full.clear()
         return batch
+
+    @property
+    def _enough(self) -> bool:
+        """Whether a transaction can be filled."""
+        return self._dirty_bytes >= self._commit_bytes or len(self._dirty) >= _MOST_CHUNKS
 
     def _writable(self, node: Node) -> Replica | None:
         """Its RAM replica, if it should still be written: a child is of no use without its
