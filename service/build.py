@@ -1,7 +1,9 @@
 """The composition root: every class is chosen and joined here, from the configuration."""
 
+import gc
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvtier.config import Config, Cpu, Disk
@@ -71,6 +73,11 @@ def build(config: Config, progress: Progress) -> Core:
     Raises AlreadyRunning when another service owns the disk directory, ConfigError when a tier does
     not fit where it is told to be.
     """
+    with _no_collection():
+        return _build(config, progress)
+
+
+def _build(config: Config, progress: Progress) -> Core:
     region = _create_arena(config.cpu)
     try:
         store = _open_store(config.disk)
@@ -99,6 +106,19 @@ def build(config: Config, progress: Progress) -> Core:
     cache = Cache(placement, promotions, sessions, Rules(config.retention.ttl_s, config.limits))
     explainer = Explainer(placement.index, history)
     return Core(cache, explainer, memory, disk, config.server.shutdown_flush_s)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector off while many objects are made to stay: it would look at all of
+    them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _open_store(disk: Disk) -> Store | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -103,6 +104,7 @@ async def serve(config: Config, progress: Progress, on_ready: Callable[[], None]
     lock = SocketLock.take(socket) if socket is not None else None
     try:
         core = build(config, progress)
+        gc.freeze()  # what was built stays as long as the service: it need not be looked at again
         try:
             server, health = await _start(config, core, socket)
         except BaseException:
