@@ -27,9 +27,11 @@ class Load:
     """Threads that store and load prompts over one client until they are told to stop. Whatever
     they see must be right; what they raise comes out of `stop`."""
 
-    def __init__(self, client: Client, seeds: range) -> None:
+    def __init__(self, client: Client, seeds: range, longest: int = 40) -> None:
         self.client = client
-        self.rounds = threading.Semaphore(0)
+        self.longest = longest
+        self._rounds = 0
+        self._round = threading.Condition()
         self._ending = threading.Event()
         self._pool = ThreadPoolExecutor(2)
         self._ends = [
@@ -39,15 +41,18 @@ class Load:
 
     def _use(self, seeds: range, chance: random.Random) -> None:
         while not self._ending.is_set():
-            prefix = self.client.prefix(prompt_of(chance.choice(seeds), chance.randrange(1, 40)))
-            offload(self.client, prefix)
-            load(self.client, self.client.prefix(prompt_of(chance.choice(seeds), 40)))
-            self.rounds.release()
+            length = chance.randrange(1, self.longest)
+            offload(self.client, self.client.prefix(prompt_of(chance.choice(seeds), length)))
+            load(self.client, self.client.prefix(prompt_of(chance.choice(seeds), self.longest)))
+            with self._round:
+                self._rounds += 1
+                self._round.notify_all()
 
     def wait(self, rounds: int) -> None:
         """Return once so many prompts more were dealt with."""
-        for _ in range(rounds):
-            assert self.rounds.acquire(timeout=HANG_S)
+        with self._round:
+            enough = self._rounds + rounds
+            assert self._round.wait_for(lambda: self._rounds >= enough, HANG_S)
 
     def stop(self) -> None:
         self._ending.set()
@@ -87,6 +92,25 @@ def test_killed_under_load_again_and_again(sidecar: Sidecar, working: Load) -> N
     assert found >= on_disk
     offload(working.client, working.client.prefix(prompt_of(99, 40)))
     assert load(working.client, working.client.prefix(prompt_of(99, 40))) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["shm", "inline"])
+def test_killed_while_large_chunks_move(tmp_path: Path, path: str) -> None:
+    """Chunks that travel in several messages, and are copied by several threads."""
+    large = space_of(layers=2100)  # 4.1 MiB
+    sizes = ["cpu.capacity=64MiB", "disk.capacity=256MiB", "disk.compression=none"]
+    with Sidecar(tmp_path, *sizes) as sidecar:
+        threads = Load(sidecar.client(large, path=path, deadline_s=5.0), range(1, 9), longest=4)
+        for _ in range(3):
+            threads.wait(8)
+            sidecar.kill()
+            until(lambda: not threads.client.connected, "the client has noticed")
+            sidecar.start()
+            assert threads.client.wait_ready(HANG_S)
+        threads.wait(8)
+        threads.stop()
+        assert sidecar.stats().counters["load_ram_hits"] > 0
 
 
 def test_what_was_on_disk_is_back_to_the_last_chunk(sidecar: Sidecar) -> None:
