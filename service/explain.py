@@ -43,7 +43,7 @@ class Explainer:
             return Explanation(KeyState.RAM, "held in RAM")
         if node.ready(TierId.DISK):
             return Explanation(KeyState.DISK, "held on disk")
-        if any(node.replicas):
+        if node.replicas[TierId.CPU]:
             return Explanation(KeyState.BEING_WRITTEN, "reserved and not committed yet")
         return None
 

@@ -19,7 +19,7 @@ from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Space
 from kvtier.transfer.paths import inline
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "OpenSession": pb.OpenSessionRequest,
     "Lookup": pb.LookupRequest,
     "Load": pb.LoadRequest,

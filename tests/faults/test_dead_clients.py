@@ -236,7 +236,7 @@ def test_reservations_cut_off_before_their_answer(sidecar: Sidecar, other: OwnCl
             keys=b"".join(other.keys(lease, 10)),
             parent=other.root,
         )
-        call = other.stub.Reserve.future(request, timeout=TIMEOUT_S)  # type: ignore[attr-defined]
+        call = other.stub.Reserve.future(request, timeout=TIMEOUT_S)
         call.cancel()
         other.abort(lease)
     come_back(sidecar)

@@ -319,7 +319,7 @@ def test_two_puts_of_one_lease_never_mix(liar: OwnClient) -> None:
         first_is_in.open()
         may_end.wait()
 
-    call = liar.stub.Put.future(first(), timeout=TIMEOUT_S)  # type: ignore[attr-defined]
+    call = liar.stub.Put.future(first(), timeout=TIMEOUT_S)
     first_is_in.wait()
     status, _ = refusal(lambda: liar.put([liar.header(1), piece_of(0, b"x" * 10)]))
     may_end.open()

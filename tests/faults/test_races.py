@@ -10,7 +10,7 @@ import pytest
 from kvtier.chunks import ChunkKey
 from kvtier.errors import KvtierError
 from kvtier.proto import cache_pb2 as pb
-from kvtier.service.answers import LoadStop, ReserveOutcome
+from kvtier.service.answers import KeyState, LoadStop, ReserveOutcome
 from kvtier.service.explain import Explainer
 from kvtier.service.servicer import Servicer
 from kvtier.spaces import Layout, Space
@@ -69,6 +69,9 @@ async def test_what_is_evicted_while_it_is_written_to_disk_stays_evicted(tmp_pat
         h.put(session, prefix)
         await store.storing.acquire()
         assert h.cache.evict(session, [], whole_space=True) == 4
+        explainer = Explainer(h.placement.index, h.placement.history)
+        told = explainer.explain(session.branch, prefix.keys, b"", [])
+        assert {each.state for each in told} == {KeyState.EVICTED}
         h.store.gate.set()
         await written(h)
         assert h.cache.lookup(session, prefix.keys) == (0, 0)
