@@ -47,7 +47,7 @@ class Batch(Protocol):
         """The room opened last is filled."""
         ...
 
-    def publish(self) -> Statuses:
+    def publish(self, timeout_s: float) -> Statuses:
         """Commit what was filled, and say what became of it."""
         ...
 
@@ -59,13 +59,10 @@ class Batch(Protocol):
 class MappedBatch:
     """Path shm: chunks are filled in place."""
 
-    def __init__(
-        self, session: Session, attached: Attached, lease_id: int, deadline_s: float
-    ) -> None:
+    def __init__(self, session: Session, attached: Attached, lease_id: int) -> None:
         self._session = session
         self._attached = attached
         self._lease_id = lease_id
-        self._deadline_s = deadline_s
         self._slots: dict[int, memoryview] = {}
         self._filled: list[int] = []
 
@@ -86,12 +83,12 @@ class MappedBatch:
     def wrote(self, index: int) -> None:
         self._filled.append(index)
 
-    def publish(self) -> Statuses:
+    def publish(self, timeout_s: float) -> Statuses:
         session = self._session
         request = pb.CommitRequest(
             session_id=session.id, lease_id=self._lease_id, indexes=self._filled
         )
-        response = session.transport.call("Commit", request, self._deadline_s)
+        response = session.transport.call("Commit", request, timeout_s)
         return _statuses(response.chunks, self._filled)
 
     def close(self) -> None:
@@ -101,17 +98,15 @@ class MappedBatch:
 class StreamedBatch:
     """Path inline: each chunk is sent while the caller fills the next one.
 
-    gRPC's own thread takes the messages from `_messages`; the two meet in queues. No wait here is
-    longer than the deadline and the time that the bytes need at a tenth of the usual speed.
+    gRPC's own thread takes the messages from `_messages`; the two meet in queues. No wait for room
+    is longer than a second and the time that the bytes need at a tenth of the usual speed.
     """
 
-    def __init__(
-        self, session: Session, buffers: Buffers, lease_id: int, deadline_s: float
-    ) -> None:
+    def __init__(self, session: Session, buffers: Buffers, lease_id: int) -> None:
         self._session = session
         self._buffers = buffers
         self._lease_id = lease_id
-        self._patience_s = deadline_s + _STREAM_DEPTH * session.chunk_bytes / _LEAST_BYTES_PER_S
+        self._patience_s = 1.0 + _STREAM_DEPTH * session.chunk_bytes / _LEAST_BYTES_PER_S
         self._wanted: list[int] = []
         self._filled: list[int] = []
         self._owned: list[bytearray] = []
@@ -142,10 +137,10 @@ class StreamedBatch:
         self._to_send.put((index, self._filling))
         self._filled.append(index)
 
-    def publish(self) -> Statuses:
+    def publish(self, timeout_s: float) -> Statuses:
         assert self._put is not None, "publish of a batch of which nothing was written"
         self._to_send.put(None)
-        response: pb.PutResponse = self._put.result(self._patience_s)
+        response: pb.PutResponse = self._put.result(timeout_s + self._patience_s)
         return _statuses(response.chunks, self._filled)
 
     def close(self) -> None:

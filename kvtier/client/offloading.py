@@ -1,5 +1,6 @@
 """Writing chunks: one offload, as the engine sees it."""
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from kvtier.proto import cache_pb2 as pb
 
 # Reserved at once: large enough to amortise two calls, small enough to leave others their room.
 BATCH_BYTES = 512 << 20
+_LEAST_WAIT_S = 0.05  # for publishing what is written already, however late it is
 
 _REFUSALS = {
     pb.RESERVE_STATUS_BEING_WRITTEN: "another client is writing it",
@@ -30,6 +32,7 @@ _COMMIT_REFUSALS: dict[int, str] = {
     pb.COMMIT_STATUS_CORRUPT: "it arrived with a wrong checksum",
 }
 UNREACHABLE = "the service could not be reached"
+TOO_LATE = "the deadline had passed"
 NOT_WRITTEN = "the caller did not write it"
 
 
@@ -62,6 +65,7 @@ class Offload:
     A chunk counts as written when the loop goes on, so leaving the loop early or by an exception
     publishes nothing half filled. Chunks are reserved and committed in batches while the loop runs.
     Whatever the service does, the loop only ends early; `outcome` says what became of each chunk.
+    The deadline bounds all waiting for the service together; the caller's own time does not count.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Offload:
         self._connection = connection
         self._workplace = workplace
         self._prefix = prefix
-        self._deadline_s = deadline_s
+        self._left_s = deadline_s  # what may still be spent on waiting for the service
         self._session: Session | None = None
         self._reservation: _Reservation | None = None
         self.outcome = Offloaded()
@@ -105,6 +109,9 @@ class Offload:
         step = max(1, min(BATCH_BYTES, session.max_write_lease_bytes) // session.chunk_bytes)
         step = min(step, session.max_keys)
         for start in range(0, len(self._prefix), step):
+            if self._left_s <= 0:
+                self._refuse_rest(TOO_LATE)
+                return
             reservation = self._reserve(session, start, self._prefix[start : start + step])
             if reservation is None:
                 return
@@ -138,7 +145,9 @@ class Offload:
         )
         reservation = _Reservation(session, lease_id, start, self._new_batch(session, lease_id))
         try:
-            response = session.transport.call("Reserve", request, self._deadline_s)
+            started_s = time.monotonic()
+            response = session.transport.call("Reserve", request, self._left_s)
+            self._left_s -= time.monotonic() - started_s
             if len(response.chunks) != len(keys):
                 raise ValueError(f"the service answered {len(response.chunks)} of {len(keys)} keys")
             for index, chunk in enumerate(response.chunks):
@@ -151,8 +160,8 @@ class Offload:
 
     def _new_batch(self, session: Session, lease_id: int) -> Batch:
         if session.attached is None:
-            return StreamedBatch(session, self._workplace.buffers, lease_id, self._deadline_s)
-        return MappedBatch(session, session.attached, lease_id, self._deadline_s)
+            return StreamedBatch(session, self._workplace.buffers, lease_id)
+        return MappedBatch(session, session.attached, lease_id)
 
     def _sort(self, reservation: "_Reservation", index: int, chunk: pb.ReservedChunk) -> None:
         if chunk.status == pb.RESERVE_STATUS_WRITE:
@@ -170,7 +179,10 @@ class Offload:
             if reservation.failure is not None:
                 raise reservation.failure
             if batch.written:
-                self._note(reservation, batch.publish())
+                started_s = time.monotonic()
+                statuses = batch.publish(max(_LEAST_WAIT_S, self._left_s))
+                self._left_s -= time.monotonic() - started_s
+                self._note(reservation, statuses)
             elif batch.wanted:
                 self._abort(reservation.session, reservation.lease_id)
         except SERVICE_FAILURES as failure:

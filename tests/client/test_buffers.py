@@ -52,7 +52,7 @@ def test_a_batch_that_is_closed_twice_gives_its_buffers_back_once() -> None:
     buffers = Buffers(keep_bytes=1000)
     nobody: Any = NoService()
     session = Session(bytes(16), nobody, nobody, 100, 10, 1000, None)
-    batch = StreamedBatch(session, buffers, 1, 1.0)
+    batch = StreamedBatch(session, buffers, 1)
     batch.add(0, 0)
     batch.open(0)[:] = bytes(100)
     batch.close()
