@@ -1,6 +1,6 @@
 """What engines and connectors use: a client that never makes its engine wrong, slow or dead."""
 
-from kvtier.client.client import Client, Explained, KeyState, Path, connect
+from kvtier.client.client import Client, Explained, Held, KeyState, Path, connect
 from kvtier.client.loading import Loaded, LoadedChunk
 from kvtier.client.offloading import Offload, Offloaded, WriteSlot
 from kvtier.client.stats import ServiceStats, TierUse, Unreachable, fetch_stats
@@ -8,6 +8,7 @@ from kvtier.client.stats import ServiceStats, TierUse, Unreachable, fetch_stats
 __all__ = [
     "Client",
     "Explained",
+    "Held",
     "KeyState",
     "Loaded",
     "LoadedChunk",

@@ -54,6 +54,14 @@ class KeyState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """How many leading chunks of a prefix the service holds, and how many of those are in RAM."""
+
+    chunks: int
+    in_ram: int
+
+
+@dataclass(frozen=True, slots=True)
 class Explained:
     """Why a key is or is not a hit; `fields` names the space fields that differ."""
 
@@ -101,6 +109,11 @@ class Client:
 
     def lookup(self, prefix: Prefix, deadline_s: float | None = None) -> int:
         """How many leading chunks of the prefix the service holds. Leases and moves nothing."""
+        found = self.locate(prefix, deadline_s)
+        return found.chunks if found is not None else 0
+
+    def locate(self, prefix: Prefix, deadline_s: float | None = None) -> Held | None:
+        """As `lookup`, with how much of it is in RAM; None when the service cannot be asked."""
         response: pb.LookupResponse | None = self._ask(
             "Lookup",
             lambda session: pb.LookupRequest(
@@ -108,7 +121,10 @@ class Client:
             ),
             deadline_s,
         )
-        return min(response.held, len(prefix)) if response is not None else 0
+        if response is None:
+            return None
+        held = min(response.held, len(prefix))
+        return Held(held, min(response.in_ram, held))
 
     def load(self, prefix: Prefix, deadline_s: float | None = None) -> Loaded:
         """Bring the longest leading run of chunks that is held.

@@ -1,0 +1,150 @@
+"""What tells one engine's KV from another's, read from vLLM's configuration.
+
+Everything is read as plain attributes, so that this module needs no engine.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvtier import fingerprint
+from kvtier.connectors.vllm.parts import LayerCache, Model, Shard, canonical
+from kvtier.connectors.vllm.settings import Settings
+from kvtier.errors import InvalidRequest
+
+# Settings of a model's config that say nothing about what a token's KV is.
+_VOLATILE = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
+    "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward",
+    "is_encoder_decoder",
+}  # fmt: skip
+
+
+def model_of(config: Any, settings: Settings) -> Model:
+    """The model that a VllmConfig describes.
+
+    Raises InvalidRequest, naming the setting, where the KV would depend on something that is not in
+    the configuration, and where the weights can neither be read nor have a name.
+    """
+    model, cache = config.model_config, config.cache_config
+    _refuse_what_varies(config)
+    text = model.hf_text_config
+    described = text.to_dict()
+    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    identity = {
+        "config": {name: value for name, value in described.items() if name not in _VOLATILE},
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "cache_dtype": str(cache.cache_dtype),
+    }
+    weights = settings.weights or weights_of(
+        model.model_weights or model.model, model.revision, config.load_config, model.seed
+    )
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    if draft is not None and getattr(draft, "model", None) not in (None, model.model):
+        identity["draft"] = weights_of(draft.model, draft.revision, config.load_config, draft.seed)
+    architectures = getattr(model.hf_config, "architectures", None) or [type(text).__name__]
+    return Model(architectures[0], identity, weights, canonical(rope), settings.tenant)
+
+
+def _refuse_what_varies(config: Any) -> None:
+    parallel = config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise InvalidRequest(f"vllm: {name} {getattr(parallel, name)} is not supported; use 1")
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise InvalidRequest(
+            "vllm: calculate_kv_scales makes the KV depend on the first prompt; use a checkpoint "
+            "with scales"
+        )
+
+
+def weights_of(name: str, revision: str | None, load_config: Any, seed: int | None) -> str:
+    """The fingerprint of a model's weights: of the files that the engine loads."""
+    if str(load_config.load_format) == "dummy":
+        return f"dummy-{seed}"
+    try:
+        return fingerprint.of_path(_local(name, revision, load_config.download_dir))
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"{error}; name these weights by kv_connector_extra_config.weights, with another name "
+            "whenever they change"
+        ) from None
+
+
+def _local(name: str, revision: str | None, download_dir: str | None) -> Path:
+    """Where the files of a model are: itself a path, or in the hub's cache."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - comes with the engine
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, cache_dir=download_dir, local_files_only=True
+        )
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        raise InvalidRequest(f"weights: {name} is neither a path nor in the hub's cache") from None
+    return Path(found)
+
+
+def shard_of(config: Any, cache: Any, rank: int, stage: int) -> tuple[Shard, bool]:
+    """A worker's share, by its tensor and pipeline ranks, and whether it is the one to write it:
+    ranks may be replicas of each other (MLA)."""
+    replicas = max(1, getattr(cache, "kv_tp_replicas", 1))
+    parallel = config.parallel_config
+    shard = Shard(
+        rank=rank // replicas,
+        ranks=max(1, parallel.tensor_parallel_size // replicas),
+        stage=stage,
+        stages=parallel.pipeline_parallel_size,
+    )
+    return shard, rank % replicas == 0
+
+
+def layers_of(cache: Any) -> Iterator[LayerCache]:
+    """The layers of a KVCacheConfig whose KV is to be kept."""
+    for index, group in enumerate(cache.kv_cache_groups):
+        if not getattr(group, "enable_kv_transfer", True):
+            continue
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+        for name in group.layer_names:
+            yield _layer(name, index, specs[name] if specs else group.kv_cache_spec)
+
+
+def block_tokens_of(cache: Any) -> list[int]:
+    """The tokens of a block, for each group of a KVCacheConfig."""
+    return [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
+
+
+def _layer(name: str, group: int, spec: Any) -> LayerCache:
+    kind = _kind(spec)
+    if kind not in ("full_attention", "mla_attention", "sliding_window"):
+        return LayerCache(name, group, kind, spec.block_size, 1, 1, 1, "uint8", 1)
+    return LayerCache(
+        name=name,
+        group=group,
+        kind=kind,
+        block_tokens=spec.block_size,
+        heads=spec.num_heads,
+        key_dim=spec.head_size,
+        value_dim=spec.head_size_v,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        content_bytes=spec.state_content_size_bytes,
+        window=spec.sliding_window if kind == "sliding_window" else None,
+        quantised=bool(spec.kv_quant_mode) or spec.state_content_bytes is not None,
+        tokens_per_state=spec.tokens_per_state,
+    )
+
+
+_KINDS = {
+    "FullAttentionSpec": "full_attention",
+    "MLAAttentionSpec": "mla_attention",
+    "SlidingWindowSpec": "sliding_window",
+}
+
+
+def _kind(spec: Any) -> str:
+    """What a spec is, by its exact class: a subclass that is not known here behaves otherwise."""
+    return _KINDS.get(type(spec).__name__, type(spec).__name__)

@@ -1,0 +1,142 @@
+"""What a request can reuse: the answer to the scheduler, and the order that loads it."""
+
+import time
+from collections.abc import Sequence
+
+from kvtier.connectors.vllm.lookups import Lookups, Question
+from kvtier.connectors.vllm.orders import LoadOrder, Run
+from kvtier.connectors.vllm.parts import Part
+from kvtier.connectors.vllm.tally import Tally
+from kvtier.connectors.vllm.tracking import Tracked
+
+_STALE_S = 1.0  # an answer older than this is asked for anew before it is acted on
+
+BlockTable = Sequence[Sequence[int]]
+"""A request's block ids, for each cache group."""
+
+
+class Matching:
+    """Finds how far a prefix reaches. Waits at most `wait_s` for answers in each step."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        lookups: Lookups,
+        tally: Tally,
+        *,
+        wait_s: float,
+        background: bool,
+    ) -> None:
+        self._parts = tuple(parts)
+        self._lookups = lookups
+        self._tally = tally
+        self._wait_s = wait_s
+        self._left_s = wait_s
+        self.background = background
+
+    @property
+    def connected(self) -> bool:
+        """Whether the service can be asked about every part."""
+        return self._lookups.connected
+
+    def next_step(self) -> None:
+        """A step is planned: the next one may wait again."""
+        self._left_s = self._wait_s
+
+    def ask(self, tracked: Tracked) -> Question | None:
+        """Ask about a request's known tokens; None when they fill no chunk."""
+        tracked.asked_tokens = tracked.request.num_tokens
+        chunks = tracked.key(tracked.asked_tokens)
+        tracked.question = None
+        if chunks and self._lookups.connected:
+            prefixes = [tracked.chains.run(part.digest, 0, chunks) for part in self._parts]
+            tracked.question = self._lookups.ask(prefixes)
+            self._tally.add(lookups=1)
+        return tracked.question
+
+    def matched(self, tracked: Tracked, local: int) -> int | None:
+        """How many tokens beyond the `local` ones can be loaded; None: ask again in a later step.
+
+        All but the last token of the prompt when loading in line with the step: the engine needs
+        one to compute. In the background all of them; the engine then takes the last one back.
+        """
+        tracked.local = local
+        if tracked.barred or tracked.request.skip_reading_prefix_cache:
+            return 0
+        question = self._question(tracked)
+        if question is None:
+            return 0
+        if not self._ready(question):
+            return self._not_yet(tracked, question)
+        if question.promoting is None:
+            tracked.in_ram = min(held.in_ram for held in question.held)
+            if self._wants_promotion(tracked, question):
+                self._lookups.promote(question, local // tracked.chains.chunk_tokens)
+                if not self._ready(question):
+                    return self._not_yet(tracked, question)
+        return max(0, self._reach(tracked, question) - local)
+
+    def load(self, tracked: Tracked, table: BlockTable, external: int) -> LoadOrder:
+        """The order that fills `external` tokens after the local ones in the request's blocks."""
+        start, stop = tracked.local, tracked.local + external
+        tokens = tracked.chains.chunk_tokens
+        runs = {}
+        for part in self._parts:
+            first = max(start // tokens, part.first_needed(stop))
+            last = -(-stop // tokens)
+            if first < last:
+                runs[part.digest] = run_of(tracked, part, table, first, last)
+        return LoadOrder(tracked.request.request_id, start, stop, runs, self.background)
+
+    def from_ram(self, tracked: Tracked, external: int) -> int:
+        """How many of the tokens being loaded were in RAM when the service was first asked."""
+        return max(0, min(external, tracked.in_ram * tracked.chains.chunk_tokens - tracked.local))
+
+    def _question(self, tracked: Tracked) -> Question | None:
+        question = tracked.question
+        if question is None or tracked.asked_tokens != tracked.request.num_tokens:
+            return self.ask(tracked)
+        if question.ready.is_set() and time.monotonic() - question.answered_s > _STALE_S:
+            return self.ask(tracked)
+        return question
+
+    def _ready(self, question: Question) -> bool:
+        """Whether the answer is there, now or within what is left of this step's waiting time."""
+        if question.ready.is_set():
+            return True
+        started_s = time.monotonic()
+        ready = question.ready.wait(max(0.0, self._left_s))
+        self._left_s -= time.monotonic() - started_s
+        return ready
+
+    def _not_yet(self, tracked: Tracked, question: Question) -> int | None:
+        if self._lookups.connected and not question.late:
+            self._tally.add(ask_again=1)
+            return None
+        self._tally.add(late_lookups=1)
+        tracked.barred = True  # it has waited as long as it may
+        return 0
+
+    def _wants_promotion(self, tracked: Tracked, question: Question) -> bool:
+        if self.background or question.late:
+            return False
+        held = min(held.chunks for held in question.held)
+        return held > tracked.in_ram and held * tracked.chains.chunk_tokens > tracked.local
+
+    def _reach(self, tracked: Tracked, question: Question) -> int:
+        """How many leading tokens can be had, the local ones included."""
+        if self.background:
+            chunks = min(held.chunks for held in question.held)
+            return min(chunks * tracked.chains.chunk_tokens, tracked.request.num_tokens)
+        chunks = min(held.in_ram for held in question.held)
+        return min(chunks * tracked.chains.chunk_tokens, tracked.request.num_tokens - 1)
+
+
+def run_of(tracked: Tracked, part: Part, table: BlockTable, first: int, last: int) -> Run:
+    """Chunks `first` to `last` (exclusive) of a part, and the blocks that hold their tokens."""
+    tokens = tracked.chains.chunk_tokens
+    blocks = {}
+    for group, block_tokens in part.groups:
+        ids = table[group][first * tokens // block_tokens : last * tokens // block_tokens]
+        blocks[group] = tuple(ids)
+    return Run(tracked.chains.run(part.digest, first, last), first, blocks)

@@ -1,0 +1,194 @@
+"""The scheduler's side: what each request reuses, what each step loads and stores.
+
+It runs on the engine's loop, so it only computes and remembers; `Lookups` asks the service.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvtier.connectors.vllm.events import StoredChunk, StoredChunks
+from kvtier.connectors.vllm.keys import Chains, Extra
+from kvtier.connectors.vllm.lookups import Lookups
+from kvtier.connectors.vllm.matching import BlockTable, Matching
+from kvtier.connectors.vllm.offering import Offering
+from kvtier.connectors.vllm.orders import LoadOrder, OffloadOrder, StepOrders, StepReport
+from kvtier.connectors.vllm.parts import Part
+from kvtier.connectors.vllm.settings import LoadMode, Scope, Settings
+from kvtier.connectors.vllm.tally import Tally
+from kvtier.connectors.vllm.tracking import EngineRequest, Tracked
+
+logger = logging.getLogger(__name__)
+
+ExtraOf = Callable[[Any, bytes], Extra]
+"""The extras of a request's chunks, with a salt of ours (empty: none)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlocks:
+    """Blocks that a step will write: those of a request from the `start`th token on, or all."""
+
+    table: BlockTable
+    start: int
+
+
+class Scheduling:
+    """All requests of one engine. Not for several threads.
+
+    `block_tokens` are the tokens of a block, for each cache group.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        block_tokens: Sequence[int],
+        lookups: Lookups,
+        settings: Settings,
+        extra_of: ExtraOf,
+    ) -> None:
+        self.tally = Tally()
+        self.stored = StoredChunks()
+        self._parts = tuple(parts)
+        self._block_tokens = tuple(block_tokens)
+        self._lookups = lookups
+        self._chunk_tokens = settings.chunk_tokens
+        self._extra_of = extra_of
+        self._matching = Matching(
+            parts,
+            lookups,
+            self.tally,
+            wait_s=settings.lookup_wait_ms / 1000,
+            # A failed load of several groups can only be reported for a request, not for blocks, and
+            # the engine takes such a report of loads in the background only.
+            background=settings.load is LoadMode.ASYNC or len(block_tokens) > 1,
+        )
+        self._offering = Offering(parts, output=settings.offload is Scope.PROMPT_AND_OUTPUT)
+        self._tracked: dict[str, Tracked] = {}
+        self._loads: list[LoadOrder] = []
+        self._written: list[NewBlocks] = []
+        self._step = 0
+        self._salt = b""
+
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────
+
+    def arrived(self, request: EngineRequest) -> None:
+        """A new request: ask about it at once, so that the answer is there when it is scheduled."""
+        chains = Chains([part.digest for part in self._parts], self._chunk_tokens)
+        extra = self._extra_of(request, self._salt)
+        tracked = Tracked(request, extra, chains, [0] * len(self._parts))
+        self._tracked[request.request_id] = tracked
+        if not request.skip_reading_prefix_cache:
+            self._matching.ask(tracked)
+
+    def matched(self, request: EngineRequest, local: int) -> tuple[int | None, bool]:
+        """The answer to the engine's get_num_new_matched_tokens."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return 0, False
+        tokens = self._matching.matched(tracked, local)
+        return tokens, bool(tokens) and self._matching.background
+
+    def allocated(self, request: EngineRequest, table: BlockTable, external: int) -> None:
+        """The request has its blocks; `external` tokens of them are to be loaded."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return
+        question, tracked.question = tracked.question, None
+        if question is not None and question.ready.is_set():
+            held = (held.chunks for held in question.held)
+            tracked.offered = [max(pair) for pair in zip(tracked.offered, held, strict=True)]
+        if external > 0:
+            self._loads.append(self._matching.load(tracked, table, external))
+            if self._matching.background:
+                self._written.append(NewBlocks(table, tracked.local))
+
+    def from_ram(self, request: EngineRequest, external: int) -> int:
+        """How many of the tokens just ordered to be loaded come from RAM; the rest was on disk."""
+        tracked = self._tracked.get(request.request_id)
+        return self._matching.from_ram(tracked, external) if tracked is not None else 0
+
+    def finished(self, request: EngineRequest, table: BlockTable, *, whole: bool) -> None:
+        """The request has ended; its blocks are freed next. Unless it is `whole`, nothing more of it
+        is offered."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None and whole and self._matching.connected:
+            processed = request.num_computed_tokens - request.num_in_flight_tokens
+            self._offering.offer_at_end(tracked, table, processed)
+
+    def start_over(self) -> None:
+        """The engine's weights may have changed: from now on this engine neither sees what was
+        stored before, nor shows what it stores to those who trust the weights' fingerprint."""
+        self._salt = os.urandom(16)
+        for tracked in self._tracked.values():
+            tracked.start_over()
+            tracked.offered = [len(tracked.request.all_token_ids)] * len(self._parts)
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self, output: Any) -> StepOrders:
+        """The orders of the step that vLLM's SchedulerOutput describes."""
+        self._step += 1
+        self._matching.next_step()
+        loads, self._loads = self._loads, []
+        fence = self._offering.fence(self._blocks_written(output, loads))
+        confirm = any(not load.background for load in loads)
+        if confirm:
+            self._offering.await_confirmation(self._step)
+        offloads = self._offering.parting()
+        if not self._offering.held_back and self._matching.connected:
+            offloads += self._due(output)
+        for order in offloads:
+            self._note(order)
+        self.tally.add(loads=len(loads)) if loads else None
+        return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads))
+
+    def received(self, report: StepReport) -> None:
+        """What the workers answered."""
+        self._offering.confirmed(report.confirmed)
+        for request_id in report.failed:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.start_over()
+        self.stored.count(report.stored)
+
+    def _due(self, output: Any) -> Iterator[OffloadOrder]:
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            computed = tracked.request.num_computed_tokens + scheduled
+            if not self._offering.due(tracked, computed):
+                continue
+            table = output.kv_connector_block_state.get_block_ids(request_id)
+            order = self._offering.offer(tracked, table, computed)
+            if order is not None:
+                yield order
+
+    def _note(self, order: OffloadOrder) -> None:
+        tracked = self._tracked.get(order.request)
+        if tracked is not None:
+            self.stored.offered(order, tracked.request.all_token_ids, self._chunk_tokens)
+
+    def _blocks_written(self, output: Any, loads: Sequence[LoadOrder]) -> Iterable[int]:
+        """Every block that the step may write, but for those that it only continues to fill: these
+        were named when they were new."""
+        written, self._written = self._written, []
+        starts = {load.request: load.start for load in loads}
+        for new in output.scheduled_new_reqs:
+            start = starts.get(new.req_id, new.num_computed_tokens)
+            written.append(NewBlocks(new.block_ids, start))
+        cached = output.scheduled_cached_reqs
+        for index, table in enumerate(cached.new_block_ids):
+            if table is not None:
+                request_id = cached.req_ids[index]
+                resumed = request_id in cached.resumed_req_ids
+                computed = cached.num_computed_tokens[index] if resumed else 0
+                written.append(NewBlocks(table, starts.get(request_id, computed)))
+        for new in written:
+            for block_tokens, blocks in zip(self._block_tokens, new.table, strict=True):
+                yield from blocks[new.start // block_tokens :]
+        for copy in output.kv_cache_block_copies or ():
+            yield copy.dst_block_id
+        yield from output.new_block_ids_to_zero or ()

@@ -1,0 +1,56 @@
+"""What the scheduler's side remembers of each request."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvtier.connectors.vllm.keys import Chains, Extra
+from kvtier.connectors.vllm.lookups import Question
+
+
+class EngineRequest(Protocol):
+    """What is read of vLLM's Request."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def all_token_ids(self) -> Any: ...  # slices give lists of ints
+    @property
+    def num_tokens(self) -> int: ...  # whose ids are known
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...  # with those of steps under way
+    @property
+    def num_in_flight_tokens(self) -> int: ...
+    @property
+    def skip_reading_prefix_cache(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """One request.
+
+    `offered` are the leading chunks, for each part, that the service holds or that were sent to it.
+    """
+
+    request: EngineRequest
+    extra: Extra
+    chains: Chains
+    offered: list[int]
+    question: Question | None = None
+    asked_tokens: int = 0
+    in_ram: int = 0  # leading chunks that were in RAM when first asked
+    local: int = 0  # tokens that the engine's own cache held when last asked
+    barred: bool = False  # nothing is loaded for it any more
+
+    def key(self, tokens: int) -> int:
+        """Key the full chunks among the first `tokens` tokens; how many chunks have keys now."""
+        if tokens >= (self.chains.chunks + 1) * self.chains.chunk_tokens:
+            self.chains.extend(self.request.all_token_ids[:tokens], self.extra)
+        return self.chains.chunks
+
+    def start_over(self) -> None:
+        """A load of this request failed: compute it, and offer what is computed."""
+        self.barred = True
+        self.question = None
+        self.offered = [0] * len(self.offered)

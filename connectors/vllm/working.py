@@ -1,0 +1,135 @@
+"""The worker's side: carries out each step's orders on this rank's share of the KV."""
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtier.connectors.vllm.copies import Copies
+from kvtier.connectors.vllm.loader import Loader, Stored
+from kvtier.connectors.vllm.offloader import Offloader
+from kvtier.connectors.vllm.orders import LoadOrder, StepOrders, StepReport
+from kvtier.connectors.vllm.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """Requests whose background loads ended, and those of them that failed."""
+
+    finished: set[str]
+    failed: set[str]
+
+
+class Working:
+    """One worker. Its methods are called by the engine, one at a time, in each step's order."""
+
+    def __init__(
+        self, parts: Sequence[Stored], copies: Copies, deadline_s: float, block_tokens: int
+    ) -> None:
+        self.tally = Tally()
+        self._parts = tuple(parts)
+        self._copies = copies
+        self._block_tokens = block_tokens  # of the only group, where loads are in line
+        self._loader = Loader(parts, copies, deadline_s, self.tally)
+        self._offloader = Offloader(parts, copies, deadline_s, self.tally)
+        self._report = StepReport()
+        self._bad_blocks: set[int] = set()
+        self._background = _BackgroundLoads(Loader(parts, copies, deadline_s, self.tally))
+
+    def before_writing(self, orders: StepOrders) -> None:
+        """Before the step writes to any block."""
+        if orders.fence:
+            self._offloader.fence(orders.fence)
+
+    def load(self, orders: StepOrders) -> None:
+        """Load now what this step's forward needs, and begin what it does not."""
+        for order in orders.loads:
+            if order.background:
+                self._background.begin(order)
+            elif (reached := self._loader.load(order)) < order.stop:
+                self._failed(order, reached)
+        if orders.confirm:
+            self._report.confirmed.add(orders.step)
+
+    def offload(self, orders: StepOrders) -> None:
+        """Begin to offload; the step's forward has been given to the device."""
+        if orders.offloads:
+            mark = self._copies.mark()
+            for order in orders.offloads:
+                self._offloader.submit(order, mark)
+
+    def arrivals(self) -> Arrivals:
+        """The background loads that ended since the last call."""
+        arrivals = self._background.take()
+        self._report.failed |= arrivals.failed
+        return arrivals
+
+    def bad_blocks(self) -> set[int]:
+        """Blocks that this step should have loaded and did not."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def report(self) -> StepReport | None:
+        """What the scheduler's side must know of this step; None for nothing."""
+        self._report.stored += self._offloader.take_stored()
+        if not self._report:
+            return None
+        report, self._report = self._report, StepReport()
+        return report
+
+    def close(self) -> None:
+        """End the threads and the sessions."""
+        self._background.close()
+        self._offloader.close()
+        for stored in self._parts:
+            stored.client.close()
+
+    def _failed(self, order: LoadOrder, reached: int) -> None:
+        """Name the blocks of all tokens from `reached` on: the engine computes them anew."""
+        self._report.failed.add(order.request)
+        for run in order.runs.values():
+            tokens = run.prefix.chunk_tokens
+            for blocks in run.blocks.values():
+                lost = max(0, reached - run.first * tokens) // self._block_tokens
+                self._bad_blocks |= set(blocks[lost:])
+
+
+class _BackgroundLoads:
+    """Loads beside the engine's steps, one after the other."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._queue: queue.SimpleQueue[LoadOrder | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._arrivals = Arrivals(set(), set())
+        self._thread: threading.Thread | None = None
+
+    def begin(self, order: LoadOrder) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kvtier-load", daemon=True)
+            self._thread.start()
+        self._queue.put(order)
+
+    def take(self) -> Arrivals:
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, Arrivals(set(), set())
+        return arrivals
+
+    def close(self) -> None:
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while (order := self._queue.get()) is not None:
+            reached = order.start
+            try:
+                reached = self._loader.load(order)
+            finally:  # whatever happens, the engine waits for this request
+                with self._lock:
+                    self._arrivals.finished.add(order.request)
+                    if reached < order.stop:
+                        self._arrivals.failed.add(order.request)
