@@ -1,5 +1,6 @@
 """What decides a chunk's KV besides its tokens, in vLLM: adapters, images, salts, embeddings."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ class Extras:
         self._extra_keys = extra_keys
         self._chunk_tokens = chunk_tokens
         self._adapters: dict[tuple[str, int], str] = {}
+        self._unread = os.urandom(16).hex()
 
     def of(self, request: Any, salt: bytes) -> Extra:
         """The extra of each chunk of a request, by its place; empty for plain prompts."""
         lora = request.lora_request
-        adapter = self._adapter(lora.lora_path) if lora is not None else ""
+        adapter = ""
+        if lora is not None:
+            adapter = self._adapter(lora)
         if not (salt or adapter or request.cache_salt or request.mm_features):
             if request.prompt_embeds is None:
                 return lambda chunk: b""
@@ -40,14 +44,15 @@ class Extras:
             return b""
         return digest_of(found, adapter, salt.hex())
 
-    def _adapter(self, path: str) -> str:
-        """The fingerprint of an adapter's files; "unread" where they cannot be, as for an adapter
-        that was given as tensors: then its name and path must do."""
+    def _adapter(self, lora: Any) -> str:
+        """The fingerprint of an adapter's files. One that cannot be read, as it was given as
+        tensors, is not known again by any other engine."""
+        path = lora.lora_path
         try:
             changed_ns = Path(path).stat().st_mtime_ns
             known = self._adapters.get((path, changed_ns))
             if known is None:
                 known = self._adapters[path, changed_ns] = fingerprint.of_path(Path(path))
         except (InvalidRequest, OSError):
-            return "unread"
+            return f"{self._unread}.{lora.lora_int_id}"
         return known

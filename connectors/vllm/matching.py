@@ -46,7 +46,8 @@ class Matching:
     def ask(self, tracked: Tracked) -> Question | None:
         """Ask about a request's known tokens; None when they fill no chunk."""
         tracked.asked_tokens = tracked.request.num_tokens
-        chunks = tracked.key(tracked.asked_tokens)
+        chunks = tracked.asked_tokens // tracked.chains.chunk_tokens
+        tracked.key(chunks)
         tracked.question = None
         if chunks and self._lookups.connected:
             prefixes = [tracked.chains.run(part.digest, 0, chunks) for part in self._parts]
@@ -133,10 +134,15 @@ class Matching:
 
 
 def run_of(tracked: Tracked, part: Part, table: BlockTable, first: int, last: int) -> Run:
-    """Chunks `first` to `last` (exclusive) of a part, and the blocks that hold their tokens."""
+    """Chunks `first` to `last` (exclusive) of a part, and the blocks that hold their tokens.
+
+    Raises ValueError when the table does not reach that far.
+    """
     tokens = tracked.chains.chunk_tokens
     blocks = {}
     for group, block_tokens in part.groups:
         ids = table[group][first * tokens // block_tokens : last * tokens // block_tokens]
+        if len(ids) * block_tokens != (last - first) * tokens:
+            raise ValueError(f"{len(ids)} blocks for chunks {first} to {last} of group {group}")
         blocks[group] = tuple(ids)
     return Run(tracked.chains.run(part.digest, first, last), first, blocks)

@@ -58,7 +58,8 @@ class Offering:
 
     def offer(self, tracked: Tracked, table: BlockTable, computed: int) -> OffloadOrder | None:
         """The order for all chunks among the first `computed` tokens that are due."""
-        full = tracked.key(self._full(tracked, computed) * tracked.chains.chunk_tokens)
+        full = self._full(tracked, computed)
+        tracked.key(full)
         runs: dict[bytes, Run] = {}
         for index, part in enumerate(self._parts):
             first = tracked.offered[index]

@@ -72,9 +72,12 @@ class Pages:
         """The places of a chunk and of its tokens in the engine's blocks, from the chunk's token
         `skip_tokens` (a multiple of the block) on.
 
-        `blocks` are the block ids of the chunk's tokens, for each group; tokens in block 0 are
-        left out.
+        `blocks` are the block ids of all the chunk's tokens, for each group; tokens in block 0 are
+        left out. Raises ValueError when they are fewer or more: a chunk is whole or it is nothing.
         """
+        for group, block_tokens in self._block_tokens.items():
+            if len(blocks[group]) * block_tokens != self._chunk_tokens:
+                raise ValueError(f"{len(blocks[group])} blocks given for a chunk of group {group}")
         paged: list[torch.Tensor] = []
         flat: list[torch.Tensor] = []
         rows_of = {group: list(self._rows(group, blocks, skip_tokens)) for group in blocks}

@@ -43,11 +43,11 @@ class Tracked:
     local: int = 0  # tokens that the engine's own cache held when last asked
     barred: bool = False  # nothing is loaded for it any more
 
-    def key(self, tokens: int) -> int:
-        """Key the full chunks among the first `tokens` tokens; how many chunks have keys now."""
-        if tokens >= (self.chains.chunks + 1) * self.chains.chunk_tokens:
+    def key(self, chunks: int) -> None:
+        """Have keys of at least the first `chunks` chunks, whose tokens must be known."""
+        if chunks > self.chains.chunks:
+            tokens = chunks * self.chains.chunk_tokens
             self.chains.extend(self.request.all_token_ids[:tokens], self.extra)
-        return self.chains.chunks
 
     def start_over(self) -> None:
         """A load of this request failed: compute it, and offer what is computed."""
