@@ -5,9 +5,9 @@
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"target": "unix:///tmp/kvtier.sock"}}'
 
-vLLM makes one connector for its scheduler and one for each worker. Each worker sorts its layers into
-parts and tells the scheduler's connector about them in the handshake, so that both always speak of
-the same spaces. Written for vLLM 0.32.
+vLLM makes one connector for its scheduler and one for each worker. Each worker sorts its layers
+into parts and tells the scheduler's connector about them in the handshake, so that both always
+speak of the same spaces. Written for vLLM 0.32.
 """
 
 import logging
@@ -42,7 +42,6 @@ from kvtier.connectors.vllm.parts import Part, check_layer, parts_of
 from kvtier.connectors.vllm.scheduling import Scheduling
 from kvtier.connectors.vllm.settings import Settings
 from kvtier.connectors.vllm.stats import KvtierMetrics, KvtierStats
-from kvtier.connectors.vllm.tally import Tally
 from kvtier.connectors.vllm.working import Working
 
 if TYPE_CHECKING:
@@ -93,8 +92,8 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             check_layer(layer, self._settings.chunk_tokens)
         if role is KVConnectorRole.SCHEDULER and not self._recomputes:
             logger.warning(
-                'kvtier: kv_load_failure_policy is "%s": a load that fails ends its request with an '
-                'error. Set "kv_load_failure_policy": "recompute" in --kv-transfer-config.',
+                'kvtier: kv_load_failure_policy is "%s": a load that fails ends its request with '
+                'an error. Set "kv_load_failure_policy": "recompute" in --kv-transfer-config.',
                 self._kv_transfer_config.kv_load_failure_policy,
             )
 
@@ -122,9 +121,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             get_pp_group().rank_in_group,
         )  # fmt: skip
         model = model_of(self._vllm_config, self._settings)
-        self._parts = parts_of(
-            layers_of(self._cache), model, shard, self._settings.chunk_tokens
-        )
+        self._parts = parts_of(layers_of(self._cache), model, shard, self._settings.chunk_tokens)
         counts = [self._cache.num_blocks] * len(self._cache.kv_cache_groups)
         stored = [
             Stored(part, Pages(part, kv_caches, counts), self._connect(part, None), writer)
@@ -134,7 +131,9 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         block_tokens = block_tokens_of(self._cache)[0]
         self._working = Working(stored, copies, self._settings.deadline_ms / 1000, block_tokens)
         for part in self._parts:
-            logger.info("kvtier: %s in chunks of %d bytes", part.space.model, part.space.layout.nbytes)
+            logger.info(
+                "kvtier: %s in chunks of %d bytes", part.space.model, part.space.layout.nbytes
+            )
 
     def get_handshake_metadata(self) -> Handshake | None:
         return Handshake(self._parts) if self._parts else None
@@ -206,9 +205,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return 0, False
         return self._scheduling.matched(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduling is not None:
             self._scheduling.allocated(request, blocks.get_block_ids(), num_external_tokens)
 

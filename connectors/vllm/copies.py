@@ -1,7 +1,7 @@
 """Copies between the engine's blocks and chunks in host memory, on the engine's device.
 
-On the CPU straight between the two, in one native call without the GIL. On another device by way of
-one chunk on the device, so that each chunk crosses in one transfer, ordered by the device's streams.
+On the CPU straight between the two, in one native call without the GIL. On another device by way
+of one chunk on the device, so that each chunk crosses in one transfer, ordered by streams.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,4 +114,4 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """One native call for all, without the GIL: the engine's loop holds it most of the time, and
     each call from another thread would have to win it back."""
     if targets:
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]

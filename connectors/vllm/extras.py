@@ -29,12 +29,10 @@ class Extras:
     def of(self, request: Any, salt: bytes) -> Extra:
         """The extra of each chunk of a request, by its place; empty for plain prompts."""
         lora = request.lora_request
-        adapter = ""
-        if lora is not None:
-            adapter = self._adapter(lora)
-        if not (salt or adapter or request.cache_salt or request.mm_features):
-            if request.prompt_embeds is None:
-                return lambda chunk: b""
+        adapter = self._adapter(lora) if lora is not None else ""
+        special = salt or adapter or request.cache_salt or request.mm_features
+        if not special and request.prompt_embeds is None:
+            return lambda chunk: b""
         return lambda chunk: self._of_chunk(request, chunk, adapter, salt)
 
     def _of_chunk(self, request: Any, chunk: int, adapter: str, salt: bytes) -> bytes:

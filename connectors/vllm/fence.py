@@ -1,8 +1,8 @@
 """Which of the engine's blocks an offload may still be reading.
 
-The engine frees and hands out blocks as it likes; nothing holds them for kvtier. Instead, whoever is
-about to write a block that an offload was told to read makes the workers wait for that offload, or
-give it up. So an offload never costs the engine memory, and never reads what is being overwritten.
+The engine frees and hands out blocks as it likes; nothing holds them for kvtier. Instead, whoever
+is about to write a block that an offload was told to read makes the workers wait for that offload,
+or give it up. So an offload never costs the engine memory, and never reads what is overwritten.
 """
 
 from collections.abc import Iterable

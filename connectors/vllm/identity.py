@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier import fingerprint
-from kvtier.connectors.vllm.parts import LayerCache, Model, Shard, canonical
+from kvtier.connectors.vllm.parts import KINDS, LayerCache, Model, Shard, canonical
 from kvtier.connectors.vllm.settings import Settings
 from kvtier.errors import InvalidRequest
 
@@ -120,7 +120,7 @@ def block_tokens_of(cache: Any) -> list[int]:
 
 def _layer(name: str, group: int, spec: Any) -> LayerCache:
     kind = _kind(spec)
-    if kind not in ("full_attention", "mla_attention", "sliding_window"):
+    if kind not in KINDS:
         return LayerCache(name, group, kind, spec.block_size, 1, 1, 1, "uint8", 1)
     return LayerCache(
         name=name,
@@ -138,7 +138,7 @@ def _layer(name: str, group: int, spec: Any) -> LayerCache:
     )
 
 
-_KINDS = {
+_KIND_OF = {
     "FullAttentionSpec": "full_attention",
     "MLAAttentionSpec": "mla_attention",
     "SlidingWindowSpec": "sliding_window",
@@ -147,4 +147,4 @@ _KINDS = {
 
 def _kind(spec: Any) -> str:
     """What a spec is, by its exact class: a subclass that is not known here behaves otherwise."""
-    return _KINDS.get(type(spec).__name__, type(spec).__name__)
+    return _KIND_OF.get(type(spec).__name__, type(spec).__name__)

@@ -33,7 +33,7 @@ class Chains:
         extras = [extra(index) for index in range(done, full)]
         for root, keys in self._keys.items():
             parent = keys[-1] if keys else root
-            keys += chain(parent, packed, width, extras).keys
+            keys.extend(chain(parent, packed, width, extras).keys)
         self._chunks = full
 
     def run(self, root: bytes, first: int, stop: int) -> Prefix:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvtier.client import Client
@@ -47,7 +46,7 @@ class Loader:
                 stored = self._parts.get(digest)
                 if stored is not None:  # else another worker's
                     reached = min(reached, self._load_part(stored, run, order))
-        except Exception:  # noqa: BLE001 - whatever it is, the engine can compute what is missing
+        except Exception:
             logger.exception("kvtier: a load failed")
             reached = order.start
         self._tally.add(load_seconds=time.monotonic() - started_s)
@@ -67,9 +66,7 @@ class Loader:
                 for chunk in loaded
             ]
             self._copies.scatter(stored.pages, landed)
-        self._tally.add(
-            loaded_chunks=len(landed), loaded_bytes=len(landed) * stored.pages.nbytes
-        )
+        self._tally.add(loaded_chunks=len(landed), loaded_bytes=len(landed) * stored.pages.nbytes)
         if len(landed) == len(run.prefix):
             return order.stop
         return max(order.start, (run.first + len(landed)) * tokens)

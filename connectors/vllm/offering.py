@@ -1,4 +1,4 @@
-"""Which chunks each step offers to the service, and what must leave its blocks before the step writes.
+"""Which chunks each step offers to the service, and which offers must leave their blocks first.
 
 A chunk is offered with the step that completes it. Three rules keep that right:
 

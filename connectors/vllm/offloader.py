@@ -78,7 +78,7 @@ class Offloader:
             order, after = item
             try:
                 self._offload(order, after)
-            except Exception:  # noqa: BLE001 - a skipped offload, and the next one may go
+            except Exception:
                 logger.exception("kvtier: an offload failed")
             with self._state:
                 self._done = order.number
@@ -93,9 +93,7 @@ class Offloader:
             outcome = self._offload_part(stored, run, order.number, after)
             self._count(order.number, run, stored, outcome)
 
-    def _offload_part(
-        self, stored: Stored, run: Run, number: int, after: object
-    ) -> Offloaded:
+    def _offload_part(self, stored: Stored, run: Run, number: int, after: object) -> Offloaded:
         with stored.client.offload(run.prefix, self._deadline_s) as offload:
             for slot in offload:
                 if not self._enter(number):

@@ -51,8 +51,8 @@ class StepOrders:
     """All that one step asks of the workers.
 
     `fence`: before anything is written in this step, every offload up to this number must have
-    left its blocks. 0: nothing to wait for. A step with `confirm` is answered, so that the scheduler
-    learns whether its loads succeeded.
+    left its blocks. 0: nothing to wait for. A step with `confirm` is answered, so that the
+    scheduler learns whether its loads succeeded.
     """
 
     step: int

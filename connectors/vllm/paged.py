@@ -82,7 +82,7 @@ class Pages:
         flat: list[torch.Tensor] = []
         rows_of = {group: list(self._rows(group, blocks, skip_tokens)) for group in blocks}
         for (cache, group, rows), layer in zip(self._layers, chunk.unbind(0), strict=True):
-            pieces = layer.split(self._block_tokens[group] // rows, dim=1)
+            pieces = torch.split(layer, self._block_tokens[group] // rows, dim=1)
             for place, block in rows_of[group]:
                 for row in range(rows):
                     paged.append(cache[block * rows + row])

@@ -17,15 +17,15 @@ from kvtier.spaces import ITEM_BYTES, Layout, Space
 
 # The order in which vLLM's pages and our chunks agree: K‖V of a token and head lie together.
 AXES = "layer,head,token,plane,dim"
-_KINDS = {"full_attention", "mla_attention", "sliding_window"}
+KINDS = {"full_attention", "mla_attention", "sliding_window"}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One attention layer as the engine describes it.
 
-    `kind` is vLLM's KVCacheSpecKind; `content_bytes` is what one token and head occupies; `quantised`
-    means that it is packed in some way of the engine's own.
+    `kind` is one of `KINDS`, or the engine's name of what cannot be kept; `content_bytes` is what
+    one token and head occupies; `quantised`: it is packed in some way of the engine's own.
     """
 
     name: str
@@ -105,7 +105,7 @@ def parts_of(
 
 def check_layer(layer: LayerCache, chunk_tokens: int) -> None:
     """Raise InvalidRequest unless the layer's KV can be cut in chunks of that many tokens."""
-    if layer.kind not in _KINDS:
+    if layer.kind not in KINDS:
         raise InvalidRequest(
             f"model: layer {layer.name} is {layer.kind}; kvtier keeps full attention, MLA and "
             "sliding windows only, so run this model without it"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvtier.connectors.vllm.events import StoredChunk, StoredChunks
+from kvtier.connectors.vllm.events import StoredChunks
 from kvtier.connectors.vllm.keys import Chains, Extra
 from kvtier.connectors.vllm.lookups import Lookups
 from kvtier.connectors.vllm.matching import BlockTable, Matching
@@ -60,8 +60,8 @@ class Scheduling:
             lookups,
             self.tally,
             wait_s=settings.lookup_wait_ms / 1000,
-            # A failed load of several groups can only be reported for a request, not for blocks, and
-            # the engine takes such a report of loads in the background only.
+            # A failed load of several groups can only be reported for a request, not for blocks,
+            # and the engine takes such a report of loads in the background only.
             background=settings.load is LoadMode.ASYNC or len(block_tokens) > 1,
         )
         self._offering = Offering(parts, output=settings.offload is Scope.PROMPT_AND_OUTPUT)
@@ -110,8 +110,8 @@ class Scheduling:
         return self._matching.from_ram(tracked, external) if tracked is not None else 0
 
     def finished(self, request: EngineRequest, table: BlockTable, *, whole: bool) -> None:
-        """The request has ended; its blocks are freed next. Unless it is `whole`, nothing more of it
-        is offered."""
+        """The request has ended; its blocks are freed next. Unless it is `whole`, nothing more of
+        it is offered."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None and whole and self._matching.connected:
             processed = request.num_computed_tokens - request.num_in_flight_tokens
@@ -141,7 +141,8 @@ class Scheduling:
             offloads += self._due(output)
         for order in offloads:
             self._note(order)
-        self.tally.add(loads=len(loads)) if loads else None
+        if loads:
+            self.tally.add(loads=len(loads))
         return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads))
 
     def received(self, report: StepReport) -> None:
@@ -175,10 +176,10 @@ class Scheduling:
         """Every block that the step may write, but for those that it only continues to fill: these
         were named when they were new."""
         written, self._written = self._written, []
-        starts = {load.request: load.start for load in loads}
+        starts: dict[str, int] = {load.request: load.start for load in loads}
         for new in output.scheduled_new_reqs:
-            start = starts.get(new.req_id, new.num_computed_tokens)
-            written.append(NewBlocks(new.block_ids, start))
+            computed: int = new.num_computed_tokens
+            written.append(NewBlocks(new.block_ids, starts.get(new.req_id, computed)))
         cached = output.scheduled_cached_reqs
         for index, table in enumerate(cached.new_block_ids):
             if table is not None:

@@ -58,8 +58,9 @@ class Settings:
         known = {each.name for each in fields(cls)}
         for name in given:
             if name not in known:
+                allowed = ", ".join(sorted(known))
                 raise InvalidRequest(
-                    f"kv_connector_extra_config.{name}: unknown; known are {', '.join(sorted(known))}"
+                    f"kv_connector_extra_config.{name}: unknown; known are {allowed}"
                 )
         return cls(**{name: _read(name, value) for name, value in given.items()})
 

@@ -15,7 +15,7 @@ class KvtierStats(KVConnectorStats):  # type: ignore[misc]
     """Counts of an interval, by their names in COUNTS."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: Any) -> "KvtierStats":
         for name, value in other.data.items():

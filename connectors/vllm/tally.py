@@ -6,7 +6,7 @@ from collections import Counter
 COUNTS = {
     "lookups": "Requests for which the service was asked what it holds.",
     "ask_again": "Times that a request was left for a later step, as the answer was not there yet.",
-    "late_lookups": "Requests computed because the answer or the promotion from disk came too late.",
+    "late_lookups": "Requests computed as the answer or the promotion from disk came too late.",
     "loads": "Loads started.",
     "failed_loads": "Loads that did not bring all they should have; the rest was computed.",
     "loaded_chunks": "Chunks copied into the engine's blocks.",

@@ -1,6 +1,6 @@
 """What the scheduler's side remembers of each request."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvtier.connectors.vllm.keys import Chains, Extra
