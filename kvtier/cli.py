@@ -1,4 +1,4 @@
-"""The command line: `kvtier serve | stats | demo | bench`."""
+"""The command line: `kvtier serve | stats | demo | vllm | bench`."""
 
 import argparse
 import asyncio
@@ -21,8 +21,8 @@ _PROGRESS_EVERY_S = 0.1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Mistakes of its user are one line on stderr."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser(words).parse_args(words)
     try:
         status: int = options.run(options)
     except KvtierError as error:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvtier", description="A tiered cache for prefix KV.")
     parser.add_argument("--version", action="version", version=f"kvtier {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -61,8 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true")
     demo.set_defaults(run=_demo)
 
+    vllm = commands.add_parser("vllm", help="a real vLLM server gets its prefixes back")
+    vllm.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
+    vllm.add_argument("--json", action="store_true")
+    vllm.add_argument(
+        "--engine-python",
+        type=Path,
+        default=Path(".venv-vllm/bin/python"),
+        metavar="FILE",
+        help="the interpreter that has vLLM and kvtier (default: what `make vllm-env` makes)",
+    )
+    vllm.set_defaults(run=_vllm)
+
     bench = commands.add_parser("bench", help="measure this machine")
-    _add_benches(bench.add_subparsers(required=True, metavar="SCENARIO"))
+    if words[:1] == ["bench"]:  # they need packages that `stats` in a small image does not have
+        _add_benches(bench.add_subparsers(required=True, metavar="SCENARIO"))
     return parser
 
 
@@ -148,3 +161,9 @@ def _demo(options: argparse.Namespace) -> int:
     from kvtier.bench.demo import demo  # noqa: PLC0415 - needs the `demo` extra
 
     return demo.run(options.out, options.json)
+
+
+def _vllm(options: argparse.Namespace) -> int:
+    from kvtier.bench.vllm.run import run  # noqa: PLC0415 - needs the `demo` extra
+
+    return run(options.out, options.json, options.engine_python)

@@ -1,6 +1,8 @@
 """The command line, as its users meet it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,16 @@ def test_stats_of_a_service(tmp_path: Path, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert "cpu" in printed
     assert "MiB" in printed
+
+
+def test_stats_needs_no_more_than_a_client(tmp_path: Path) -> None:
+    """As in an engine's image: without what only the service and the benchmarks need."""
+    blocked = ["grpc_health", "grpc_reflection", "kvtier.bench", "kvtier.service", "lmdb", "torch"]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "from kvtier.cli import main\n"
+        f"sys.exit(main(['stats', '--target', 'unix://{tmp_path}/none.sock']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, "no kvtier service answers" in done.stderr) == (2, True), done.stderr

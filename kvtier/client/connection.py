@@ -42,6 +42,7 @@ class Connection:
         self._process = os.getpid()
         self._failures = 0
         self._proven = False  # the present session has answered something
+        self._said_absent = False
         self._opening: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="kvtier-session", daemon=True)
         self._thread.start()
@@ -105,9 +106,15 @@ class Connection:
             try:
                 self._hold_one_session()
             except SERVICE_FAILURES as error:
-                logger.debug("kvtier: no session: %s", describe(error))
+                self._say_absent(describe(error))
             pause_s = FIRST_PAUSE_S if self._proven else min(2 * pause_s, LONGEST_PAUSE_S)
             self._closed.wait(pause_s)
+
+    def _say_absent(self, why: str) -> None:
+        # Once: it is tried again every few seconds, and losing a session has been said already.
+        level = logging.DEBUG if self._said_absent else logging.WARNING
+        self._said_absent = True
+        logger.log(level, "kvtier: no cache until a service answers (%s)", why)
 
     def _hold_one_session(self) -> None:
         """Open a session and stay until it ends."""
@@ -129,6 +136,7 @@ class Connection:
                 raise ValueError("the service chose a data path that was not offered")
             session = attach(event.opened, self._space, transport, stream)
             self._failures = 0
+            self._said_absent = True
             self._session = session
             self._ready.set()
             for _ in stream:
