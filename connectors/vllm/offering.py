@@ -14,9 +14,7 @@ from kvtier.connectors.vllm.fence import Fence
 from kvtier.connectors.vllm.matching import BlockTable, run_of
 from kvtier.connectors.vllm.orders import OffloadOrder, Run
 from kvtier.connectors.vllm.parts import Part
-from kvtier.connectors.vllm.tracking import Tracked
-
-_NEVER = 1 << 60  # more chunks than any request has
+from kvtier.connectors.vllm.tracking import NEVER, Tracked
 
 
 class Offering:
@@ -61,17 +59,18 @@ class Offering:
         full = self._full(tracked, computed)
         tracked.key(full)
         runs: dict[bytes, Run] = {}
-        for index, part in enumerate(self._parts):
-            first = tracked.offered[index]
+        reached = []
+        for part, first in zip(self._parts, tracked.offered, strict=True):
+            reached.append(max(first, full))
             if first >= full:
                 continue
             run = run_of(tracked, part, table, first, full)
             if any(0 in blocks for blocks in run.blocks.values()):
                 # The engine no longer has it: what would continue it can never be stored.
-                tracked.offered[index] = _NEVER
-                continue
-            tracked.offered[index] = full
-            runs[part.digest] = run
+                reached[-1] = NEVER
+            else:
+                runs[part.digest] = run
+        tracked.set_offered(reached)
         if not runs:
             return None
         self._number += 1

@@ -18,7 +18,7 @@ from kvtier.connectors.vllm.orders import LoadOrder, OffloadOrder, StepOrders, S
 from kvtier.connectors.vllm.parts import Part
 from kvtier.connectors.vllm.settings import LoadMode, Scope, Settings
 from kvtier.connectors.vllm.tally import Tally
-from kvtier.connectors.vllm.tracking import EngineRequest, Tracked
+from kvtier.connectors.vllm.tracking import NEVER, EngineRequest, Tracked
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Scheduling:
         """A new request: ask about it at once, so that the answer is there when it is scheduled."""
         chains = Chains([part.digest for part in self._parts], self._chunk_tokens)
         extra = self._extra_of(request, self._salt)
-        tracked = Tracked(request, extra, chains, [0] * len(self._parts))
+        tracked = Tracked(request, extra, chains, (0,) * len(self._parts))
         self._tracked[request.request_id] = tracked
         if not request.skip_reading_prefix_cache:
             self._matching.ask(tracked)
@@ -98,7 +98,7 @@ class Scheduling:
         question, tracked.question = tracked.question, None
         if question is not None and question.ready.is_set():
             held = (held.chunks for held in question.held)
-            tracked.offered = [max(pair) for pair in zip(tracked.offered, held, strict=True)]
+            tracked.set_offered(max(pair) for pair in zip(tracked.offered, held, strict=True))
         if external > 0:
             self._loads.append(self._matching.load(tracked, table, external))
             if self._matching.background:
@@ -123,7 +123,7 @@ class Scheduling:
         self._salt = os.urandom(16)
         for tracked in self._tracked.values():
             tracked.start_over()
-            tracked.offered = [len(tracked.request.all_token_ids)] * len(self._parts)
+            tracked.set_offered(NEVER for _ in self._parts)
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,12 +155,14 @@ class Scheduling:
         self.stored.count(report.stored)
 
     def _due(self, output: Any) -> Iterator[OffloadOrder]:
+        # Every step passes here with every request, and hardly ever is one due: keep it lean.
+        everyone = self._tracked
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = self._tracked.get(request_id)
+            tracked = everyone.get(request_id)
             if tracked is None:
                 continue
             computed = tracked.request.num_computed_tokens + scheduled
-            if not self._offering.due(tracked, computed):
+            if computed < tracked.due_tokens or not self._offering.due(tracked, computed):
                 continue
             table = output.kv_connector_block_state.get_block_ids(request_id)
             order = self._offering.offer(tracked, table, computed)

@@ -1,10 +1,14 @@
 """What the scheduler's side remembers of each request."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvtier.connectors.vllm.keys import Chains, Extra
 from kvtier.connectors.vllm.lookups import Question
+
+NEVER = 1 << 60
+"""More chunks than any request has."""
 
 
 class EngineRequest(Protocol):
@@ -36,12 +40,16 @@ class Tracked:
     request: EngineRequest
     extra: Extra
     chains: Chains
-    offered: list[int]
+    offered: tuple[int, ...]
     question: Question | None = None
     asked_tokens: int = 0
     in_ram: int = 0  # leading chunks that were in RAM when first asked
     local: int = 0  # tokens that the engine's own cache held when last asked
     barred: bool = False  # nothing is loaded for it any more
+    due_tokens: int = field(init=False)  # below so many computed tokens nothing is due
+
+    def __post_init__(self) -> None:
+        self.set_offered(self.offered)
 
     def key(self, chunks: int) -> None:
         """Have keys of at least the first `chunks` chunks, whose tokens must be known."""
@@ -53,4 +61,9 @@ class Tracked:
         """A load of this request failed: compute it, and offer what is computed."""
         self.barred = True
         self.question = None
-        self.offered = [0] * len(self.offered)
+        self.set_offered(0 for _ in self.offered)
+
+    def set_offered(self, chunks: Iterable[int]) -> None:
+        """The leading chunks of each part that are held or sent; NEVER: no more of that part."""
+        self.offered = tuple(chunks)
+        self.due_tokens = (min(self.offered) + 1) * self.chains.chunk_tokens
