@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.kvtier")
 
 MEDIUM = "KVTIER"
+# An engine takes many times as long to start; without this the first requests would find nothing.
+_START_WAIT_S = 1.0
 
 
 @dataclass
@@ -130,9 +132,11 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         copies = copies_for(stored[0].pages.device)
         block_tokens = block_tokens_of(self._cache)[0]
         self._working = Working(stored, copies, self._settings.deadline_ms / 1000, block_tokens)
-        for part in self._parts:
+        for each in stored:
+            space = each.part.space
+            found = "connected" if each.client.wait_ready(_START_WAIT_S) else "no service yet"
             logger.info(
-                "kvtier: %s in chunks of %d bytes", part.space.model, part.space.layout.nbytes
+                "kvtier: %s in chunks of %d bytes: %s", space.model, space.layout.nbytes, found
             )
 
     def get_handshake_metadata(self) -> Handshake | None:
@@ -181,6 +185,8 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parts = {part.digest: part for _, each in sorted(metadata.items()) for part in each.parts}
         # It only asks: on the inline path no arena is mapped.
         self._clients = [self._connect(part, "inline") for part in parts.values()]
+        for client in self._clients:
+            client.wait_ready(_START_WAIT_S)
         self._lookups = Lookups(self._clients, self._settings.deadline_ms / 1000)
         extras = Extras(generate_block_hash_extra_keys, self._settings.chunk_tokens)
         self._scheduling = Scheduling(

@@ -56,6 +56,9 @@ class Loader:
 
     def _load_part(self, stored: Stored, run: Run, order: LoadOrder) -> int:
         tokens = stored.part.space.layout.tokens
+        if not stored.client.connected:
+            # The scheduler's side is connected, or it would not have ordered this.
+            stored.client.wait_ready(self._deadline_s)
         with stored.client.load(run.prefix, self._deadline_s) as loaded:
             landed = [
                 Landed(
