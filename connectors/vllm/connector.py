@@ -13,9 +13,11 @@ speak of the same spaces. Written for vLLM 0.32.
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -43,9 +45,6 @@ from kvtier.connectors.vllm.scheduling import Scheduling
 from kvtier.connectors.vllm.settings import Settings
 from kvtier.connectors.vllm.stats import KvtierMetrics, KvtierStats
 from kvtier.connectors.vllm.working import Working
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger("vllm.kvtier")
 
@@ -90,7 +89,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._lookups: Lookups | None = None
         self._parts: tuple[Part, ...] = ()
         self._clients: list[Client] = []
-        for layer in layers_of(kv_cache_config):
+        for layer in layers_of(kv_cache_config, {}):
             check_layer(layer, self._settings.chunk_tokens)
         if role is KVConnectorRole.SCHEDULER and not self._recomputes:
             logger.warning(
@@ -115,15 +114,23 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         for client in self._clients:
             client.close()
 
+    @property
+    def working(self) -> Working | None:
+        """The worker's side, once its caches are registered."""
+        return self._working
+
     # ── the worker's side ─────────────────────────────────────────────────────────────────────────
 
-    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         shard, writer = shard_of(
             self._vllm_config, self._cache, get_tp_group().rank_in_group,
             get_pp_group().rank_in_group,
         )  # fmt: skip
         model = model_of(self._vllm_config, self._settings)
-        self._parts = parts_of(layers_of(self._cache), model, shard, self._settings.chunk_tokens)
+        packing = self._packing(kv_caches)
+        self._parts = parts_of(
+            layers_of(self._cache, packing), model, shard, self._settings.chunk_tokens
+        )
         counts = [self._cache.num_blocks] * len(self._cache.kv_cache_groups)
         stored = [
             Stored(part, Pages(part, kv_caches, counts), self._connect(part, None), writer)
@@ -154,7 +161,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         pass  # all layers are loaded before the forward
 
     def save_kv_layer(
-        self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: Any, **kwargs: Any
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
         pass  # chunks hold all layers, so they are gathered once, after the forward
 
@@ -183,11 +190,17 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         parts = {part.digest: part for _, each in sorted(metadata.items()) for part in each.parts}
-        # It only asks: on the inline path no arena is mapped.
-        self._clients = [self._connect(part, "inline") for part in parts.values()]
-        for client in self._clients:
-            client.wait_ready(_START_WAIT_S)
-        self._lookups = Lookups(self._clients, self._settings.deadline_ms / 1000)
+        working = _worker_in_this_process()
+        if working is not None and working.clients.keys() == parts.keys():
+            self._lookups = Lookups(working.clients)
+        else:
+            working = None
+            # It only asks: on the inline path no arena is mapped.
+            clients = {digest: self._connect(part, "inline") for digest, part in parts.items()}
+            self._clients = list(clients.values())
+            for client in self._clients:
+                client.wait_ready(_START_WAIT_S)
+            self._lookups = Lookups(clients)
         extras = Extras(generate_block_hash_extra_keys, self._settings.chunk_tokens)
         self._scheduling = Scheduling(
             list(parts.values()),
@@ -195,6 +208,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._lookups,
             self._settings,
             extras.of,
+            working.prepare if working is not None else None,
         )
         events = self._vllm_config.kv_events_config
         self._scheduling.stored.watched = events is not None and events.enable_kv_cache_events
@@ -284,6 +298,20 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> KvtierMetrics:
         return KvtierMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    def _packing(self, caches: dict[str, torch.Tensor]) -> dict[str, str]:
+        """What decides how each layer's back end arranges a block: itself and, on a CPU, what the
+        CPU can do."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        names = {}
+        for name, cache in caches.items():
+            layer = layers.get(name)
+            names[name] = layer.get_attn_backend().get_name() if layer is not None else ""
+            if cache.device.type == "cpu":
+                able = torch.cpu.get_capabilities()
+                kind = "amx" if able.get("amx_tile") else torch.backends.cpu.get_cpu_capability()
+                names[name] += f" {able.get('architecture')} {kind}"
+        return names
+
     def _connect(self, part: Part, path: str | None) -> Client:
         return connect(
             self._settings.target,
@@ -292,3 +320,9 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             path=path,
             name=f"vllm {self._role.name.lower()}",
         )
+
+
+def _worker_in_this_process() -> Working | None:
+    """The worker's side, where it shares the scheduler's process: an engine of one worker."""
+    worker = get_kv_transfer_group() if has_kv_transfer_group() else None
+    return worker.working if isinstance(worker, KvtierConnector) else None

@@ -1,5 +1,6 @@
 """What decides a chunk's KV besides its tokens, in vLLM: adapters, images, salts, embeddings."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ class Extras:
     def __init__(self, extra_keys: ExtraKeys, chunk_tokens: int) -> None:
         self._extra_keys = extra_keys
         self._chunk_tokens = chunk_tokens
-        self._adapters: dict[tuple[str, int], str] = {}
+        self._adapters: dict[int, str] = {}
+        self._replaced = 0
         self._unread = os.urandom(16).hex()
 
     def of(self, request: Any, salt: bytes) -> Extra:
@@ -43,14 +45,21 @@ class Extras:
         return digest_of(found, adapter, salt.hex())
 
     def _adapter(self, lora: Any) -> str:
-        """The fingerprint of an adapter's files. One that cannot be read, as it was given as
-        tensors, is not known again by any other engine."""
-        path = lora.lora_path
-        try:
-            changed_ns = Path(path).stat().st_mtime_ns
-            known = self._adapters.get((path, changed_ns))
-            if known is None:
-                known = self._adapters[path, changed_ns] = fingerprint.of_path(Path(path))
-        except (InvalidRequest, OSError):
-            return f"{self._unread}.{lora.lora_int_id}"
+        """What tells an adapter from others: its files as they were when it was first used, for
+        that is what the engine has in memory. One that cannot be read, as it was given as tensors,
+        or that replaces another in place, is known to this engine only."""
+        if getattr(lora, "load_inplace", False):
+            self._replaced += 1
+            self._adapters[lora.lora_int_id] = f"{self._unread}.{self._replaced}"
+        known = self._adapters.get(lora.lora_int_id)
+        if known is None:
+            known = self._adapters[lora.lora_int_id] = self._read(Path(lora.lora_path))
         return known
+
+    def _read(self, path: Path) -> str:
+        try:
+            config = (path / "adapter_config.json").read_bytes()
+            return f"{fingerprint.of_path(path)}.{hashlib.sha256(config).hexdigest()}"
+        except (InvalidRequest, OSError):
+            self._replaced += 1
+            return f"{self._unread}.{self._replaced}"

@@ -3,7 +3,7 @@
 Everything is read as plain attributes, so that this module needs no engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,16 @@ def shard_of(config: Any, cache: Any, rank: int, stage: int) -> tuple[Shard, boo
     return shard, rank % replicas == 0
 
 
-def layers_of(cache: Any) -> Iterator[LayerCache]:
-    """The layers of a KVCacheConfig whose KV is to be kept."""
+def layers_of(cache: Any, packing: Mapping[str, str]) -> Iterator[LayerCache]:
+    """The layers of a KVCacheConfig whose KV is to be kept. `packing` names, for each layer, what
+    decides how its back end arranges a block."""
     for index, group in enumerate(cache.kv_cache_groups):
         if not getattr(group, "enable_kv_transfer", True):
             continue
         specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
         for name in group.layer_names:
-            yield _layer(name, index, specs[name] if specs else group.kv_cache_spec)
+            spec = specs[name] if specs else group.kv_cache_spec
+            yield _layer(name, index, spec, packing.get(name, ""))
 
 
 def block_tokens_of(cache: Any) -> list[int]:
@@ -118,7 +120,7 @@ def block_tokens_of(cache: Any) -> list[int]:
     return [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
 
 
-def _layer(name: str, group: int, spec: Any) -> LayerCache:
+def _layer(name: str, group: int, spec: Any, packing: str) -> LayerCache:
     kind = _kind(spec)
     if kind not in KINDS:
         return LayerCache(name, group, kind, spec.block_size, 1, 1, 1, "uint8", 1)
@@ -134,6 +136,7 @@ def _layer(name: str, group: int, spec: Any) -> LayerCache:
         content_bytes=spec.state_content_size_bytes,
         window=spec.sliding_window if kind == "sliding_window" else None,
         quantised=bool(spec.kv_quant_mode) or spec.state_content_bytes is not None,
+        packing=packing,
         tokens_per_state=spec.tokens_per_state,
     )
 

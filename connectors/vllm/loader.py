@@ -5,8 +5,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvtier.client import Client
+from kvtier.client import Client, LoadedChunk
 from kvtier.connectors.vllm.copies import Copies, Landed
+from kvtier.connectors.vllm.lookups import Secured
 from kvtier.connectors.vllm.orders import LoadOrder, Run
 from kvtier.connectors.vllm.paged import Pages
 from kvtier.connectors.vllm.parts import Part
@@ -35,40 +36,61 @@ class Loader:
         self._copies = copies
         self._deadline_s = deadline_s
         self._tally = tally
+        self._prepared: dict[str, Secured] = {}
+
+    def prepare(self, request: str, secured: Secured) -> None:
+        """Take over what is secured for a request; its next load uses it and lets go of it."""
+        self._prepared[request] = secured
 
     def load(self, order: LoadOrder) -> int:
         """Carry out an order; returns up to which token of the request it succeeded: `order.stop`,
         or the first one that could not be had."""
         started_s = time.monotonic()
         reached = order.stop
+        secured = self._prepared.pop(order.request, None)
         try:
             for digest, run in order.runs.items():
                 stored = self._parts.get(digest)
                 if stored is not None:  # else another worker's
-                    reached = min(reached, self._load_part(stored, run, order))
+                    reached = min(reached, self._load_part(stored, run, order, secured))
         except Exception:
             logger.exception("kvtier: a load failed")
             reached = order.start
+        finally:
+            if secured is not None:
+                secured.release()
         self._tally.add(load_seconds=time.monotonic() - started_s)
         if reached < order.stop:
             self._tally.add(failed_loads=1)
         return reached
 
-    def _load_part(self, stored: Stored, run: Run, order: LoadOrder) -> int:
-        tokens = stored.part.space.layout.tokens
+    def _load_part(
+        self, stored: Stored, run: Run, order: LoadOrder, secured: Secured | None
+    ) -> int:
+        if secured is not None:
+            first = run.first - secured.first
+            chunks = secured.chunks[stored.part.digest][first : first + len(run.prefix)]
+            return self._scatter(stored, run, order, chunks)
         if not stored.client.connected:
             # The scheduler's side is connected, or it would not have ordered this.
             stored.client.wait_ready(self._deadline_s)
         with stored.client.load(run.prefix, self._deadline_s) as loaded:
-            landed = [
-                Landed(
-                    chunk.data,
-                    blocks_of(stored.part, run, chunk.index),
-                    max(0, order.start - (run.first + chunk.index) * tokens),
-                )
-                for chunk in loaded
-            ]
-            self._copies.scatter(stored.pages, landed)
+            return self._scatter(stored, run, order, list(loaded))
+
+    def _scatter(
+        self, stored: Stored, run: Run, order: LoadOrder, chunks: Sequence[LoadedChunk]
+    ) -> int:
+        """Copy a run's leading chunks into their blocks; up to which token that is."""
+        tokens = stored.part.space.layout.tokens
+        landed = [
+            Landed(
+                chunk.data,
+                blocks_of(stored.part, run, index),
+                max(0, order.start - (run.first + index) * tokens),
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        self._copies.scatter(stored.pages, landed)
         self._tally.add(loaded_chunks=len(landed), loaded_bytes=len(landed) * stored.pages.nbytes)
         if len(landed) == len(run.prefix):
             return order.stop

@@ -1,24 +1,26 @@
-"""Asking the service what it holds, in the background, so that no scheduler step waits for it.
+"""Asking the service in the background, so that no scheduler step waits for it.
 
-One thread asks. A question is answered with one call for each space; chunks that are on disk only
-are brought to RAM when the scheduler says that it wants them, and the answer is then taken anew.
+A question is answered with one call for each space. When the scheduler wants what is held, it is
+*secured*: leased and, where it was on disk, brought to RAM. What is secured cannot be lost any
+more, whatever becomes of the service, so it may be promised to the engine.
 """
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtier.chunks import Prefix
-from kvtier.client import Held
-from kvtier.errors import KvtierError
+from kvtier.client import Held, Loaded, LoadedChunk
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.004
+# Questions take about a millisecond each, but one that brings chunks from disk takes longer.
+_THREADS = 4
 
 
 class Asked(Protocol):
@@ -27,115 +29,140 @@ class Asked(Protocol):
     @property
     def connected(self) -> bool: ...
     def locate(self, prefix: Prefix, deadline_s: float | None = None) -> Held | None: ...
-    def prefetch(self, prefix: Prefix) -> int: ...
+    def load(
+        self, prefix: Prefix, deadline_s: float | None = None
+    ) -> AbstractContextManager[Loaded]: ...
+
+
+class Secured:
+    """Chunks that are kept for one load, from chunk `first` of the request on: leased in the arena,
+    or in this process' memory. `chunks` are those of each space, by its digest."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.chunks: dict[bytes, list[LoadedChunk]] = {}
+        self._leases = ExitStack()
+
+    def secure(self, client: Asked, digest: bytes, prefix: Prefix, deadline_s: float) -> None:
+        """Keep what can be had of a prefix in one space until the deadline."""
+        loaded = self._leases.enter_context(client.load(prefix, deadline_s))
+        self.chunks[digest] = list(loaded)
+
+    @property
+    def reach(self) -> int:
+        """How many leading chunks of the request there are, those before `first` included."""
+        return self.first + min(len(chunks) for chunks in self.chunks.values())
+
+    def release(self) -> None:
+        """Let go. The chunks' memory must not be read any more."""
+        self.chunks = {}
+        self._leases.close()
 
 
 @dataclass(slots=True, eq=False)
 class Question:
-    """One request's prefix, in each space. `held` is the latest answer, in the order of `prefixes`;
-    it stands while `ready` is set."""
+    """One request's prefix in each space, by its digest. `held` is the answer; it stands, and so
+    does `secured`, while `ready` is set."""
 
-    prefixes: tuple[Prefix, ...]
+    prefixes: Mapping[bytes, Prefix]
     until_s: float  # when the request no longer waits, by time.monotonic()
     ready: threading.Event = field(default_factory=threading.Event)
     held: tuple[Held, ...] = ()
     answered_s: float = 0.0
-    promoting: "Promoting | None" = None
+    secured: Secured | None = None
+    _dropped: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def late(self) -> bool:
         """Whether the request has waited as long as it may."""
         return time.monotonic() >= self.until_s
 
+    def take(self) -> Secured | None:
+        """What was secured; it is the caller's to release."""
+        secured, self.secured = self.secured, None
+        return secured
 
-@dataclass(slots=True)
-class Promoting:
-    """What is being brought to RAM: from chunk `first` on; `targets` are how many leading chunks
-    will be there, for each space, once the service has said so."""
+    def drop(self) -> Secured | None:
+        """Nobody wants the answer any more. As `take`; what is secured later is let go of."""
+        with self._lock:
+            self._dropped = True
+            return self.take()
 
-    first: int
-    targets: tuple[int, ...] = ()
+    def keep(self, secured: Secured) -> bool:
+        """Note what was secured; False when nobody wants it any more."""
+        with self._lock:
+            if not self._dropped:
+                self.secured = secured
+            return not self._dropped
 
 
 class Lookups:
-    """The thread that asks. `clients` are in the order of every question's prefixes."""
+    """Asks through one client for each space."""
 
-    def __init__(self, clients: Sequence[Asked], patience_s: float) -> None:
-        self._clients = tuple(clients)
-        self._patience_s = patience_s
-        self._incoming: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
-        self._waiting: list[Question] = []  # their chunks are on their way to RAM
-        self._thread = threading.Thread(target=self._run, name="kvtier-lookups", daemon=True)
-        self._thread.start()
+    def __init__(self, clients: Mapping[bytes, Asked]) -> None:
+        self._clients = dict(clients)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvtier-lookup")
 
     @property
     def connected(self) -> bool:
         """Whether every space can be asked."""
-        return all(client.connected for client in self._clients)
+        return all(client.connected for client in self._clients.values())
 
-    def ask(self, prefixes: Sequence[Prefix]) -> Question:
-        """Ask what is held. The question is late once the patience is over."""
-        question = Question(tuple(prefixes), time.monotonic() + self._patience_s)
-        self._incoming.put(question)
+    def ask(self, prefixes: Mapping[bytes, Prefix], until_s: float) -> Question:
+        """Ask what is held, for a request that waits until then."""
+        question = Question(prefixes, until_s)
+        self._pool.submit(self._guarded, question, lambda: self._answer(question))
         return question
 
-    def promote(self, question: Question, first: int) -> None:
-        """Bring what is on disk only to RAM, from chunk `first` on. `ready` is set again when it is
-        there, when it cannot be, or when the question is late."""
-        question.promoting = Promoting(first)
+    def secure(self, question: Question, first: int) -> None:
+        """Secure what is held from chunk `first` on. `ready` is set again when it is there, or as
+        much of it as could be had until the question is late."""
         question.ready.clear()
-        self._incoming.put(question)
+        self._pool.submit(self._guarded, question, lambda: self._secure(question, first))
+
+    def release(self, secured: Secured | None) -> None:
+        """Let go of what nobody reads, in the background."""
+        if secured is not None:
+            self._pool.submit(secured.release)
 
     def close(self) -> None:
-        """End the thread; questions that are open stay so."""
-        self._incoming.put(None)
-        self._thread.join(timeout=5.0)
+        """End the threads; questions that are open stay so."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self) -> None:
-        while True:
-            try:
-                question = self._incoming.get(timeout=_POLL_S if self._waiting else None)
-            except queue.Empty:
-                waiting, self._waiting = self._waiting, []
-                for each in waiting:
-                    self._attend(each)
-                continue
-            if question is None:
-                return
-            self._attend(question)
+    def _answer(self, question: Question) -> None:
+        question.held = tuple(
+            self._clients[digest].locate(prefix, _left(question)) or Held(0, 0)
+            for digest, prefix in question.prefixes.items()
+        )
+        question.answered_s = time.monotonic()
+        question.ready.set()
 
-    def _attend(self, question: Question) -> None:
+    def _secure(self, question: Question, first: int) -> None:
+        secured = Secured(first)
         try:
-            self._answer(question)
-        except KvtierError as error:
-            logger.warning("kvtier: a lookup failed: %s", error)
+            for (digest, prefix), held in zip(
+                question.prefixes.items(), question.held, strict=True
+            ):
+                wanted = prefix[first : held.chunks]
+                secured.secure(self._clients[digest], digest, wanted, _left(question))
+        except BaseException:
+            secured.release()
+            raise
+        if question.keep(secured):
+            question.ready.set()
+        else:
+            secured.release()
+
+    def _guarded(self, question: Question, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception:
+            logger.exception("kvtier: a lookup failed")
             question.held = tuple(Held(0, 0) for _ in question.prefixes)
             question.ready.set()
 
-    def _answer(self, question: Question) -> None:
-        promoting = question.promoting
-        if promoting is not None and not promoting.targets:
-            promoting.targets = tuple(
-                promoting.first + client.prefetch(prefix[promoting.first : held.chunks])
-                for client, prefix, held in self._each(question)
-            )
-        question.held = tuple(
-            client.locate(prefix, self._patience_s) or Held(0, 0)
-            for client, prefix in zip(self._clients, question.prefixes, strict=True)
-        )
-        question.answered_s = time.monotonic()
-        if promoting is not None and not question.late and not _arrived(question, promoting):
-            self._waiting.append(question)
-            return
-        question.ready.set()
 
-    def _each(self, question: Question) -> "zip[tuple[Asked, Prefix, Held]]":
-        return zip(self._clients, question.prefixes, question.held, strict=True)
-
-
-def _arrived(question: Question, promoting: Promoting) -> bool:
-    """Whether nothing more is to be waited for: it is in RAM, or no longer held."""
-    return all(
-        held.in_ram >= min(target, held.chunks)
-        for held, target in zip(question.held, promoting.targets, strict=True)
-    )
+def _left(question: Question) -> float:
+    """What is left of the request's patience; a moment at least, as a deadline must be positive."""
+    return max(0.001, question.until_s - time.monotonic())

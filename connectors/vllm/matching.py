@@ -16,7 +16,12 @@ BlockTable = Sequence[Sequence[int]]
 
 
 class Matching:
-    """Finds how far a prefix reaches. Waits at most `wait_s` for answers in each step."""
+    """Finds how far a prefix reaches. Waits at most `wait_s` for answers in each step; a request
+    waits at most `patience_s` in all.
+
+    In the background, a load that fails is computed again by the engine. In line with a step the
+    engine cannot be told in time, so nothing is promised there but what is secured.
+    """
 
     def __init__(
         self,
@@ -25,6 +30,7 @@ class Matching:
         tally: Tally,
         *,
         wait_s: float,
+        patience_s: float,
         background: bool,
     ) -> None:
         self._parts = tuple(parts)
@@ -32,6 +38,7 @@ class Matching:
         self._tally = tally
         self._wait_s = wait_s
         self._left_s = wait_s
+        self._patience_s = patience_s
         self.background = background
 
     @property
@@ -45,15 +52,26 @@ class Matching:
 
     def ask(self, tracked: Tracked) -> Question | None:
         """Ask about a request's known tokens; None when they fill no chunk."""
+        self.forget(tracked)
         tracked.asked_tokens = tracked.request.num_tokens
         chunks = tracked.asked_tokens // tracked.chains.chunk_tokens
         tracked.key(chunks)
-        tracked.question = None
         if chunks and self._lookups.connected:
-            prefixes = [tracked.chains.run(part.digest, 0, chunks) for part in self._parts]
-            tracked.question = self._lookups.ask(prefixes)
+            prefixes = {
+                part.digest: tracked.chains.run(part.digest, 0, chunks) for part in self._parts
+            }
+            until_s = time.monotonic() + self._patience_s
+            if tracked.waiting_since_s:
+                until_s = tracked.waiting_since_s + self._patience_s
+            tracked.question = self._lookups.ask(prefixes, until_s)
             self._tally.add(lookups=1)
         return tracked.question
+
+    def forget(self, tracked: Tracked) -> None:
+        """The present question of a request is settled; what was secured for it is let go of."""
+        question, tracked.question = tracked.question, None
+        if question is not None:
+            self._lookups.release(question.drop())
 
     def matched(self, tracked: Tracked, local: int) -> int | None:
         """How many tokens beyond the `local` ones can be loaded; None: ask again in a later step.
@@ -69,13 +87,15 @@ class Matching:
             return 0
         if not self._ready(question):
             return self._not_yet(tracked, question)
-        if question.promoting is None:
+        if self.background:
+            tracked.waiting_since_s = 0.0
             tracked.in_ram = min(held.in_ram for held in question.held)
-            if self._wants_promotion(tracked, question):
-                self._lookups.promote(question, local // tracked.chains.chunk_tokens)
-                if not self._ready(question):
-                    return self._not_yet(tracked, question)
-        return max(0, self._reach(tracked, question) - local)
+            return self._beyond(tracked, min(held.chunks for held in question.held), spare=0)
+        if not self._secured(tracked, question):
+            return self._not_yet(tracked, question)
+        tracked.waiting_since_s = 0.0
+        reach = question.secured.reach if question.secured is not None else 0
+        return self._beyond(tracked, reach, spare=1)
 
     def load(self, tracked: Tracked, table: BlockTable, external: int) -> LoadOrder:
         """The order that fills `external` tokens after the local ones in the request's blocks."""
@@ -97,9 +117,23 @@ class Matching:
         question = tracked.question
         if question is None or tracked.asked_tokens != tracked.request.num_tokens:
             return self.ask(tracked)
-        if question.ready.is_set() and time.monotonic() - question.answered_s > _STALE_S:
+        stale = time.monotonic() - question.answered_s > _STALE_S
+        if question.ready.is_set() and question.secured is None and stale:
             return self.ask(tracked)
         return question
+
+    def _secured(self, tracked: Tracked, question: Question) -> bool:
+        """Have what lies beyond the local tokens secured; False while that is under way."""
+        first = tracked.local // tracked.chains.chunk_tokens
+        secured = question.secured
+        if secured is None or secured.first > first:
+            self._lookups.release(question.take())
+            tracked.in_ram = min(held.in_ram for held in question.held)
+            if min(held.chunks for held in question.held) <= first:
+                return True  # nothing to be had
+            question.until_s = self._patience_s + (tracked.waiting_since_s or time.monotonic())
+            self._lookups.secure(question, first)
+        return self._ready(question)
 
     def _ready(self, question: Question) -> bool:
         """Whether the answer is there, now or within what is left of this step's waiting time."""
@@ -111,26 +145,21 @@ class Matching:
         return ready
 
     def _not_yet(self, tracked: Tracked, question: Question) -> int | None:
-        if self._lookups.connected and not question.late:
+        if not tracked.waiting_since_s:
+            tracked.waiting_since_s = time.monotonic()
+        waited_s = time.monotonic() - tracked.waiting_since_s
+        if self._lookups.connected and waited_s < self._patience_s:
             self._tally.add(ask_again=1)
             return None
         self._tally.add(late_lookups=1)
         tracked.barred = True  # it has waited as long as it may
+        self.forget(tracked)
         return 0
 
-    def _wants_promotion(self, tracked: Tracked, question: Question) -> bool:
-        if self.background or question.late:
-            return False
-        held = min(held.chunks for held in question.held)
-        return held > tracked.in_ram and held * tracked.chains.chunk_tokens > tracked.local
-
-    def _reach(self, tracked: Tracked, question: Question) -> int:
-        """How many leading tokens can be had, the local ones included."""
-        if self.background:
-            chunks = min(held.chunks for held in question.held)
-            return min(chunks * tracked.chains.chunk_tokens, tracked.request.num_tokens)
-        chunks = min(held.in_ram for held in question.held)
-        return min(chunks * tracked.chains.chunk_tokens, tracked.request.num_tokens - 1)
+    def _beyond(self, tracked: Tracked, chunks: int, *, spare: int) -> int:
+        """How many tokens of that many leading chunks are not local."""
+        tokens = tracked.chains.chunk_tokens
+        return max(0, min(chunks * tokens, tracked.request.num_tokens - spare) - tracked.local)
 
 
 def run_of(tracked: Tracked, part: Part, table: BlockTable, first: int, last: int) -> Run:

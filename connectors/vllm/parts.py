@@ -15,7 +15,7 @@ from typing import Any
 from kvtier.errors import InvalidRequest
 from kvtier.spaces import ITEM_BYTES, Layout, Space
 
-# The order in which vLLM's pages and our chunks agree: K‖V of a token and head lie together.
+# How vLLM's pages read, head by head. A back end may arrange the inside of a block otherwise.
 AXES = "layer,head,token,plane,dim"
 KINDS = {"full_attention", "mla_attention", "sliding_window"}
 
@@ -25,7 +25,8 @@ class LayerCache:
     """One attention layer as the engine describes it.
 
     `kind` is one of `KINDS`, or the engine's name of what cannot be kept; `content_bytes` is what
-    one token and head occupies; `quantised`: it is packed in some way of the engine's own.
+    one token and head occupies; `quantised`: in some format of the engine's own; `packing` names
+    what decides how the back end arranges a block.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerCache:
     content_bytes: int
     window: int | None = None
     quantised: bool = False
+    packing: str = ""
     tokens_per_state: float = 1
 
 
@@ -132,7 +134,14 @@ def _part(alike: Sequence[LayerCache], model: Model, shard: Shard, chunk_tokens:
     name = "full" if first.window is None else f"window-{first.window}"
     if shard.stages > 1:
         name += f".stage-{shard.stage}-of-{shard.stages}"
-    identity = hashlib.sha256(canonical(model.settings).encode()).hexdigest()[:16]
+    # Back ends pack a block as they like, so blocks are moved as they are: their size matters.
+    described = {
+        "settings": model.settings,
+        "layers": [layer.name for layer in alike],
+        "block_tokens": sorted({layer.block_tokens for layer in alike}),
+        "packing": sorted({layer.packing for layer in alike}),
+    }
+    identity = hashlib.sha256(canonical(described).encode()).hexdigest()[:16]
     space = Space(
         model=f"vllm/{model.name}/{identity}/{name}",
         layout=_layout(first, len(alike), shard, chunk_tokens),

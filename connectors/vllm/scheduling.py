@@ -11,7 +11,7 @@ from typing import Any
 
 from kvtier.connectors.vllm.events import StoredChunks
 from kvtier.connectors.vllm.keys import Chains, Extra
-from kvtier.connectors.vllm.lookups import Lookups
+from kvtier.connectors.vllm.lookups import Lookups, Secured
 from kvtier.connectors.vllm.matching import BlockTable, Matching
 from kvtier.connectors.vllm.offering import Offering
 from kvtier.connectors.vllm.orders import LoadOrder, OffloadOrder, StepOrders, StepReport
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 ExtraOf = Callable[[Any, bytes], Extra]
 """The extras of a request's chunks, with a salt of ours (empty: none)."""
 
+HandOver = Callable[[str, Secured], None]
+"""Gives the worker in this process what is secured for a request's load."""
+
 
 @dataclass(frozen=True, slots=True)
 class NewBlocks:
@@ -37,7 +40,10 @@ class NewBlocks:
 class Scheduling:
     """All requests of one engine. Not for several threads.
 
-    `block_tokens` are the tokens of a block, for each cache group.
+    `block_tokens` are the tokens of a block, for each cache group. Without `hand_over`, where the
+    workers are other processes, loads are in the background whatever the settings say: see
+    `Matching`. So they are with several cache groups, where the engine cannot tell which blocks of
+    a load in line are bad.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Scheduling:
         lookups: Lookups,
         settings: Settings,
         extra_of: ExtraOf,
+        hand_over: HandOver | None,
     ) -> None:
         self.tally = Tally()
         self.stored = StoredChunks()
@@ -55,14 +62,16 @@ class Scheduling:
         self._lookups = lookups
         self._chunk_tokens = settings.chunk_tokens
         self._extra_of = extra_of
+        self._hand_over = hand_over
         self._matching = Matching(
             parts,
             lookups,
             self.tally,
             wait_s=settings.lookup_wait_ms / 1000,
-            # A failed load of several groups can only be reported for a request, not for blocks,
-            # and the engine takes such a report of loads in the background only.
-            background=settings.load is LoadMode.ASYNC or len(block_tokens) > 1,
+            patience_s=settings.deadline_ms / 1000,
+            background=(
+                settings.load is LoadMode.ASYNC or len(block_tokens) > 1 or hand_over is None
+            ),
         )
         self._offering = Offering(parts, output=settings.offload is Scope.PROMPT_AND_OUTPUT)
         self._tracked: dict[str, Tracked] = {}
@@ -95,7 +104,7 @@ class Scheduling:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
-        question, tracked.question = tracked.question, None
+        question = tracked.question
         if question is not None and question.ready.is_set():
             held = (held.chunks for held in question.held)
             tracked.set_offered(max(pair) for pair in zip(tracked.offered, held, strict=True))
@@ -103,6 +112,10 @@ class Scheduling:
             self._loads.append(self._matching.load(tracked, table, external))
             if self._matching.background:
                 self._written.append(NewBlocks(table, tracked.local))
+            elif question is not None and (secured := question.take()) is not None:
+                assert self._hand_over is not None, "a load in line of another process"
+                self._hand_over(request.request_id, secured)
+        self._matching.forget(tracked)
 
     def from_ram(self, request: EngineRequest, external: int) -> int:
         """How many of the tokens just ordered to be loaded come from RAM; the rest was on disk."""
@@ -113,7 +126,10 @@ class Scheduling:
         """The request has ended; its blocks are freed next. Unless it is `whole`, nothing more of
         it is offered."""
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is not None and whole and self._matching.connected:
+        if tracked is None:
+            return
+        self._matching.forget(tracked)
+        if whole and self._matching.connected:
             processed = request.num_computed_tokens - request.num_in_flight_tokens
             self._offering.offer_at_end(tracked, table, processed)
 
@@ -122,6 +138,7 @@ class Scheduling:
         stored before, nor shows what it stores to those who trust the weights' fingerprint."""
         self._salt = os.urandom(16)
         for tracked in self._tracked.values():
+            self._matching.forget(tracked)
             tracked.start_over()
             tracked.set_offered(NEVER for _ in self._parts)
 
@@ -151,6 +168,7 @@ class Scheduling:
         for request_id in report.failed:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
+                self._matching.forget(tracked)
                 tracked.start_over()
         self.stored.count(report.stored)
 

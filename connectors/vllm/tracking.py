@@ -45,6 +45,7 @@ class Tracked:
     asked_tokens: int = 0
     in_ram: int = 0  # leading chunks that were in RAM when first asked
     local: int = 0  # tokens that the engine's own cache held when last asked
+    waiting_since_s: float = 0.0  # when it first had to wait for an answer; 0: it does not
     barred: bool = False  # nothing is loaded for it any more
     due_tokens: int = field(init=False)  # below so many computed tokens nothing is due
 
@@ -60,7 +61,6 @@ class Tracked:
     def start_over(self) -> None:
         """A load of this request failed: compute it, and offer what is computed."""
         self.barred = True
-        self.question = None
         self.set_offered(0 for _ in self.offered)
 
     def set_offered(self, chunks: Iterable[int]) -> None:

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtier.client import Client
 from kvtier.connectors.vllm.copies import Copies
 from kvtier.connectors.vllm.loader import Loader, Stored
+from kvtier.connectors.vllm.lookups import Secured
 from kvtier.connectors.vllm.offloader import Offloader
 from kvtier.connectors.vllm.orders import LoadOrder, StepOrders, StepReport
 from kvtier.connectors.vllm.tally import Tally
@@ -38,6 +40,15 @@ class Working:
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
         self._background = _BackgroundLoads(Loader(parts, copies, deadline_s, self.tally))
+
+    def prepare(self, request: str, secured: Secured) -> None:
+        """Take over what is secured for a load in line; see `Loader.prepare`."""
+        self._loader.prepare(request, secured)
+
+    @property
+    def clients(self) -> dict[bytes, Client]:
+        """This worker's clients, by the digest of their space."""
+        return {stored.part.digest: stored.client for stored in self._parts}
 
     def before_writing(self, orders: StepOrders) -> None:
         """Before the step writes to any block."""
