@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Where vLLM goes; some other folder where it is kept between checkouts.
+VLLM_VENV ?= .venv-vllm
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
           --constraint constraints.txt
 
@@ -11,16 +13,22 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench proto clean
+.PHONY: help demo vllm vllm-env test check bench proto clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: $(READY) ## a real small model, cold and warm: transcript and plot in out/
 	$(BIN)/kvtier demo --out out
 
-test: $(READY) ## every test that runs on this machine
-	$(BIN)/python -m pytest
+vllm: vllm-env ## a real vLLM server, cold and warm: tables and plot in out/ (about 10 minutes)
+	$(BIN)/kvtier vllm --out out --engine-python "$(VLLM_VENV)/bin/python"
+
+vllm-env: $(READY) ## vLLM for CPU, with kvtier, in an environment of its own (2 GB)
+	scripts/install_vllm.sh "$(VLLM_VENV)" $(BIN)/python
+
+test: $(READY) ## every test that runs on this machine; those on vLLM after `make vllm-env`
+	KVTIER_TEST_VLLM_PYTHON="$(wildcard $(VLLM_VENV)/bin/python)" $(BIN)/python -m pytest
 
 check: $(READY) ## format, lint, types, import contracts, generated stubs
 	$(BIN)/ruff format --check
@@ -43,7 +51,7 @@ proto: $(READY) ## write the stubs of proto/*.proto again
 	$(BIN)/python scripts/generate_stubs.py
 
 clean: ## remove what make built
-	rm -rf $(VENV) out build dist *.egg-info .coverage .hypothesis .import_linter_cache \
+	rm -rf $(VENV) .venv-vllm out build dist *.egg-info .coverage .hypothesis .import_linter_cache \
 	  .mypy_cache .pytest_cache .ruff_cache
 
 # torch goes first and alone, so that nothing else chooses its version.

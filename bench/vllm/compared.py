@@ -29,11 +29,14 @@ class Switch:
         self.mode = Mode.KVTIER
         self.caches: dict[str, torch.Tensor] = {}
         self.copied: list[list[torch.Tensor]] = []
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # to be filled in this step
+        self.given: list[int] = []  # of the request that was given blocks last
 
-    def remember(self, blocks: list[int]) -> None:
-        """Copy these blocks out, as the local copy to be loaded."""
-        self.copied = [[cache[block].clone() for block in blocks] for cache in self.caches.values()]
+    def remember(self) -> None:
+        """Copy the last request's blocks out, as the local copy to be loaded."""
+        self.copied = [
+            [cache[block].clone() for block in self.given] for cache in self.caches.values()
+        ]
 
     def restore(self) -> None:
         """Copy them back into the blocks that the engine has given."""
@@ -80,5 +83,5 @@ class ComparedConnector(KvtierConnector):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if switch.mode is Mode.KVTIER:
             super().start_load_kv(forward_context, **kwargs)
-        elif switch.blocks:
+        elif switch.mode is Mode.LOCAL and switch.blocks:
             switch.restore()

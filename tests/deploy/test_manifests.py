@@ -122,7 +122,7 @@ def test_both_name_the_same_socket(manifest: Manifest, config: Config) -> None:
 def test_the_probe_asks_the_same_socket(manifest: Manifest, config: Config) -> None:
     program, *arguments = manifest.probe
     assert (program, arguments[0]) == ("kvtier", "stats")
-    assert _parser().parse_args(arguments).target == config.server.listen
+    assert _parser(arguments).parse_args(arguments).target == config.server.listen
 
 
 def test_both_run_as_the_images_user(manifest: Manifest) -> None:

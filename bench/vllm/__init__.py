@@ -1,0 +1,1 @@
+"""A real vLLM server, cold and warm: what its prompts cost, and that its answers stay the same."""
