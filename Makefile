@@ -28,7 +28,7 @@ vllm-env: $(READY) ## vLLM for CPU, with kvtier, in an environment of its own (2
 	scripts/install_vllm.sh "$(VLLM_VENV)" $(BIN)/python
 
 test: $(READY) ## every test that runs on this machine; those on vLLM after `make vllm-env`
-	KVTIER_TEST_VLLM_PYTHON="$(wildcard $(VLLM_VENV)/bin/python)" $(BIN)/python -m pytest
+	TEST_VLLM_PYTHON="$(wildcard $(VLLM_VENV)/bin/python)" $(BIN)/python -m pytest
 
 check: $(READY) ## format, lint, types, import contracts, generated stubs
 	$(BIN)/ruff format --check

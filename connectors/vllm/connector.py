@@ -275,6 +275,9 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def reset_cache(self) -> bool:
         if self._scheduling is not None:
             self._scheduling.start_over()
+            worker = _worker_in_this_process()
+            if worker is not None:
+                worker.forget()  # the engine may give the blocks' memory back before its next step
         return True
 
     # ── both ──────────────────────────────────────────────────────────────────────────────────────

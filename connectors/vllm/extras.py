@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ class Extras:
     def __init__(self, extra_keys: ExtraKeys, chunk_tokens: int) -> None:
         self._extra_keys = extra_keys
         self._chunk_tokens = chunk_tokens
-        self._adapters: dict[int, str] = {}
-        self._replaced = 0
-        self._unread = os.urandom(16).hex()
+        self._adapters: dict[int, _Adapter] = {}
+        self._count = 0
+        self._engine = os.urandom(16).hex()
 
     def of(self, request: Any, salt: bytes) -> Extra:
         """The extra of each chunk of a request, by its place; empty for plain prompts."""
@@ -45,21 +46,48 @@ class Extras:
         return digest_of(found, adapter, salt.hex())
 
     def _adapter(self, lora: Any) -> str:
-        """What tells an adapter from others: its files as they were when it was first used, for
-        that is what the engine has in memory. One that cannot be read, as it was given as tensors,
-        or that replaces another in place, is known to this engine only."""
-        if getattr(lora, "load_inplace", False):
-            self._replaced += 1
-            self._adapters[lora.lora_int_id] = f"{self._unread}.{self._replaced}"
-        known = self._adapters.get(lora.lora_int_id)
-        if known is None:
-            known = self._adapters[lora.lora_int_id] = self._read(Path(lora.lora_path))
-        return known
+        """What tells an adapter from others: the contents of its files. What cannot be read, as it
+        was given as tensors, what replaces another in place, and what has changed since it was
+        first used (nobody can tell which of the two the engine has) is known to this engine only.
+        """
+        path, number = Path(lora.lora_path), lora.lora_int_id
+        known = self._adapters.get(number)
+        now = _signature(path)
+        if known is None and not getattr(lora, "load_inplace", False):
+            known = _Adapter(now, self._read(path))
+        elif known is None or known.files != now or getattr(lora, "load_inplace", False):
+            known = _Adapter(now, self._private())
+        self._adapters[number] = known
+        return known.name
 
     def _read(self, path: Path) -> str:
         try:
             config = (path / "adapter_config.json").read_bytes()
             return f"{fingerprint.of_path(path)}.{hashlib.sha256(config).hexdigest()}"
         except (InvalidRequest, OSError):
-            self._replaced += 1
-            return f"{self._unread}.{self._replaced}"
+            return self._private()
+
+    def _private(self) -> str:
+        self._count += 1
+        return f"{self._engine}.{self._count}"
+
+
+_Files = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    files: _Files
+    name: str
+
+
+def _signature(path: Path) -> _Files:
+    """What changes when any file of a folder is written: names, sizes and times."""
+    try:
+        with os.scandir(path) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries]
+    except OSError:
+        return ()
+    return tuple(
+        sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+    )

@@ -38,6 +38,12 @@ def model_of(config: Any, settings: Settings) -> Model:
         "quantization": model.quantization,
         "cache_dtype": str(cache.cache_dtype),
     }
+    if _depends_on_length(described, rope):
+        identity["max_model_len"] = model.max_model_len
+    images = getattr(model, "multimodal_config", None)
+    if images is not None:
+        for name in ("mm_processor_kwargs", "media_io_kwargs"):
+            identity[name] = getattr(images, name, None)
     weights = settings.weights or weights_of(
         model.model_weights or model.model, model.revision, config.load_config, model.seed
     )
@@ -46,6 +52,15 @@ def model_of(config: Any, settings: Settings) -> Model:
         identity["draft"] = weights_of(draft.model, draft.revision, config.load_config, draft.seed)
     architectures = getattr(model.hf_config, "architectures", None) or [type(text).__name__]
     return Model(architectures[0], identity, weights, canonical(rope), settings.tenant)
+
+
+def _depends_on_length(described: dict[str, Any], rope: Any) -> bool:
+    """Whether a token's KV depends on the longest context that the engine allows: LongRoPE chooses
+    its factors by it, and so do some models their attention's temperature."""
+    return (
+        any(kind in canonical(rope) for kind in ("longrope", "dynamic"))
+        or described.get("attn_temperature_tuning") is not None
+    )
 
 
 def _refuse_what_varies(config: Any) -> None:
@@ -121,7 +136,7 @@ def block_tokens_of(cache: Any) -> list[int]:
 
 
 def _layer(name: str, group: int, spec: Any, packing: str) -> LayerCache:
-    kind = _kind(spec)
+    kind = "non-causal attention" if getattr(spec, "non_causal", False) else _kind(spec)
     if kind not in KINDS:
         return LayerCache(name, group, kind, spec.block_size, 1, 1, 1, "uint8", 1)
     return LayerCache(

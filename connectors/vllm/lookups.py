@@ -19,8 +19,12 @@ from kvtier.client import Held, Loaded, LoadedChunk
 
 logger = logging.getLogger(__name__)
 
-# Questions take about a millisecond each, but one that brings chunks from disk takes longer.
-_THREADS = 4
+# An answer takes about a millisecond; bringing chunks from disk takes longer, and must not keep
+# others from their answers.
+_ASKING_THREADS = 2
+_SECURING_THREADS = 4
+# A call that is given less time than any call takes would only look as if the service had failed.
+_LEAST_S = 0.25
 
 
 class Asked(Protocol):
@@ -102,7 +106,8 @@ class Lookups:
 
     def __init__(self, clients: Mapping[bytes, Asked]) -> None:
         self._clients = dict(clients)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvtier-lookup")
+        self._asking = ThreadPoolExecutor(_ASKING_THREADS, thread_name_prefix="kvtier-ask")
+        self._securing = ThreadPoolExecutor(_SECURING_THREADS, thread_name_prefix="kvtier-secure")
 
     @property
     def connected(self) -> bool:
@@ -112,27 +117,29 @@ class Lookups:
     def ask(self, prefixes: Mapping[bytes, Prefix], until_s: float) -> Question:
         """Ask what is held, for a request that waits until then."""
         question = Question(prefixes, until_s)
-        self._pool.submit(self._guarded, question, lambda: self._answer(question))
+        self._asking.submit(self._guarded, question, lambda: self._answer(question))
         return question
 
     def secure(self, question: Question, first: int) -> None:
         """Secure what is held from chunk `first` on. `ready` is set again when it is there, or as
         much of it as could be had until the question is late."""
         question.ready.clear()
-        self._pool.submit(self._guarded, question, lambda: self._secure(question, first))
+        self._securing.submit(self._guarded, question, lambda: self._secure(question, first))
 
     def release(self, secured: Secured | None) -> None:
         """Let go of what nobody reads, in the background."""
         if secured is not None:
-            self._pool.submit(secured.release)
+            self._securing.submit(secured.release)
 
     def close(self) -> None:
         """End the threads; questions that are open stay so."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._asking.shutdown(wait=True, cancel_futures=True)
+        self._securing.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, question: Question) -> None:
+        left_s = max(_LEAST_S, _left(question))
         question.held = tuple(
-            self._clients[digest].locate(prefix, _left(question)) or Held(0, 0)
+            (None if question.late else self._clients[digest].locate(prefix, left_s)) or Held(0, 0)
             for digest, prefix in question.prefixes.items()
         )
         question.answered_s = time.monotonic()

@@ -90,7 +90,10 @@ class Matching:
         if self.background:
             tracked.waiting_since_s = 0.0
             tracked.in_ram = min(held.in_ram for held in question.held)
-            return self._beyond(tracked, min(held.chunks for held in question.held), spare=0)
+            chunks = min(held.chunks for held in question.held)
+            # The engine takes the last token back, which looks one further back than the next.
+            windowed = any(part.window is not None for part in self._parts)
+            return self._beyond(tracked, chunks, spare=1 if windowed else 0)
         if not self._secured(tracked, question):
             return self._not_yet(tracked, question)
         tracked.waiting_since_s = 0.0

@@ -8,7 +8,7 @@ A chunk is offered with the step that completes it. Three rules keep that right:
 * Only tokens whose ids are known have keys: drafts and placeholders are never stored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvtier.connectors.vllm.fence import Fence
 from kvtier.connectors.vllm.matching import BlockTable, run_of
@@ -26,6 +26,7 @@ class Offering:
         self._fence = Fence()
         self._number = 0
         self._parting: list[OffloadOrder] = []
+        self._forgotten = 0
         self._unconfirmed: set[int] = set()
 
     @property
@@ -44,18 +45,47 @@ class Offering:
     def fence(self, blocks: Iterable[int]) -> int:
         """The offload that must have left its blocks before these are written; 0 if none. Orders of
         ended requests that would read them are dropped."""
-        readers = self._fence.written(blocks)
-        for order in [order for order in self._parting if order.number in readers]:
-            self._parting.remove(order)
-            readers.remove(order.number)  # no worker has it
-        return max(readers, default=0)
+        written = set(blocks)
+        self._parting = [order for order in self._parting if written.isdisjoint(_read_by(order))]
+        forgotten, self._forgotten = self._forgotten, 0
+        return max(self._fence.written(written), default=forgotten)
+
+    def forget(self) -> None:
+        """What blocks hold is no longer what was offered: orders that no worker has are dropped,
+        and the next step's fence is one for all others."""
+        self._parting = []
+        self._forgotten = self._number
 
     def due(self, tracked: Tracked, computed: int) -> bool:
         """Whether the first `computed` tokens hold a chunk that was not offered yet."""
         return self._full(tracked, computed) > min(tracked.offered)
 
     def offer(self, tracked: Tracked, table: BlockTable, computed: int) -> OffloadOrder | None:
-        """The order for all chunks among the first `computed` tokens that are due."""
+        """The order for all chunks among the first `computed` tokens that are due; it goes out with
+        the step that is being planned."""
+        order = self._order(tracked, table, computed)
+        if order is not None:
+            self._fence.reading(order.number, _read_by(order))
+        return order
+
+    def offer_at_end(
+        self, tracked: Tracked, table: BlockTable, computed: int
+    ) -> OffloadOrder | None:
+        """As `offer`, for a request that has ended: it goes out with the next step, unless its
+        blocks are written before."""
+        order = self._order(tracked, table, computed) if self.due(tracked, computed) else None
+        if order is not None:
+            self._parting.append(order)
+        return order
+
+    def parting(self) -> list[OffloadOrder]:
+        """The orders of requests that have ended since the last step; they go out now."""
+        parting, self._parting = self._parting, []
+        for order in parting:
+            self._fence.reading(order.number, _read_by(order))
+        return parting
+
+    def _order(self, tracked: Tracked, table: BlockTable, computed: int) -> OffloadOrder | None:
         full = self._full(tracked, computed)
         tracked.key(full)
         runs: dict[bytes, Run] = {}
@@ -74,26 +104,16 @@ class Offering:
         if not runs:
             return None
         self._number += 1
-        order = OffloadOrder(self._number, tracked.request.request_id, runs)
-        for run in runs.values():
-            for blocks in run.blocks.values():
-                self._fence.reading(order.number, blocks)
-        return order
-
-    def offer_at_end(self, tracked: Tracked, table: BlockTable, computed: int) -> None:
-        """As `offer`, for a request that has ended: goes with the next step, unless its blocks are
-        written before."""
-        if self.due(tracked, computed):
-            order = self.offer(tracked, table, computed)
-            if order is not None:
-                self._parting.append(order)
-
-    def parting(self) -> list[OffloadOrder]:
-        """The orders of requests that have ended since the last step."""
-        parting, self._parting = self._parting, []
-        return parting
+        return OffloadOrder(self._number, tracked.request.request_id, runs)
 
     def _full(self, tracked: Tracked, computed: int) -> int:
         request = tracked.request
         known = request.num_tokens if self._output else request.num_prompt_tokens
         return min(computed, known, request.num_tokens) // tracked.chains.chunk_tokens
+
+
+def _read_by(order: OffloadOrder) -> Iterator[int]:
+    """The blocks that an order reads."""
+    for run in order.runs.values():
+        for blocks in run.blocks.values():
+            yield from blocks

@@ -55,10 +55,17 @@ class Offloader:
             return
         with self._state:
             target = min(number, self._submitted)
-            if self._state.wait_for(lambda: self._done >= target, FENCE_WAIT_S):
-                return
-            self._given_up = max(self._given_up, target)
+            if self._given_up < target:
+                if self._state.wait_for(lambda: self._done >= target, FENCE_WAIT_S):
+                    return
+                self._given_up = target
             self._state.wait_for(lambda: not self._copying or self._done >= target)
+
+    def give_up(self) -> None:
+        """Return once no offload reads any block; what is not copied yet is given up at once."""
+        with self._state:
+            self._given_up = self._submitted
+            self._state.wait_for(lambda: not self._copying)
 
     def take_stored(self) -> StoredCounts:
         """What was stored since the last call."""
@@ -77,7 +84,10 @@ class Offloader:
         while (item := self._queue.get()) is not None:
             order, after = item
             try:
-                self._offload(order, after)
+                if order.number > self._given_up:
+                    self._offload(order, after)
+                else:
+                    self._tally.add(fenced_offloads=1)
             except Exception:
                 logger.exception("kvtier: an offload failed")
             with self._state:

@@ -106,7 +106,8 @@ class Scheduling:
             return
         question = tracked.question
         if question is not None and question.ready.is_set():
-            held = (held.chunks for held in question.held)
+            reach = NEVER if question.secured is None else question.secured.reach
+            held = (min(held.chunks, reach) for held in question.held)
             tracked.set_offered(max(pair) for pair in zip(tracked.offered, held, strict=True))
         if external > 0:
             self._loads.append(self._matching.load(tracked, table, external))
@@ -131,12 +132,15 @@ class Scheduling:
         self._matching.forget(tracked)
         if whole and self._matching.connected:
             processed = request.num_computed_tokens - request.num_in_flight_tokens
-            self._offering.offer_at_end(tracked, table, processed)
+            order = self._offering.offer_at_end(tracked, table, processed)
+            if order is not None:
+                self._note(order, tracked)
 
     def start_over(self) -> None:
         """The engine's weights may have changed: from now on this engine neither sees what was
         stored before, nor shows what it stores to those who trust the weights' fingerprint."""
         self._salt = os.urandom(16)
+        self._offering.forget()
         for tracked in self._tracked.values():
             self._matching.forget(tracked)
             tracked.start_over()
@@ -156,8 +160,6 @@ class Scheduling:
         offloads = self._offering.parting()
         if not self._offering.held_back and self._matching.connected:
             offloads += self._due(output)
-        for order in offloads:
-            self._note(order)
         if loads:
             self.tally.add(loads=len(loads))
         return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads))
@@ -185,12 +187,15 @@ class Scheduling:
             table = output.kv_connector_block_state.get_block_ids(request_id)
             order = self._offering.offer(tracked, table, computed)
             if order is not None:
+                self._note(order, tracked)
                 yield order
 
-    def _note(self, order: OffloadOrder) -> None:
-        tracked = self._tracked.get(order.request)
-        if tracked is not None:
-            self.stored.offered(order, tracked.request.all_token_ids, self._chunk_tokens)
+    def _note(self, order: OffloadOrder, tracked: Tracked) -> None:
+        if len(order.runs) == len(self._parts):  # else it will never be a hit
+            lora = getattr(tracked.request, "lora_request", None)
+            name = lora.lora_name if lora is not None else None
+            tokens = tracked.request.all_token_ids
+            self.stored.offered(order, tokens, self._chunk_tokens, name)
 
     def _blocks_written(self, output: Any, loads: Sequence[LoadOrder]) -> Iterable[int]:
         """Every block that the step may write, but for those that it only continues to fill: these

@@ -72,11 +72,18 @@ def _read(name: str, value: Any) -> Any:
         return _choice(name, value, Scope)
     if name in _RANGES:
         return _number(name, value)
-    if not isinstance(value, str) or len(value.encode(errors="replace")) > MAX_TEXT_BYTES:
-        raise _refused(name, value, f"a text of at most {MAX_TEXT_BYTES} bytes")
+    if not isinstance(value, str) or not _is_sendable(value):
+        raise _refused(name, value, f"a text of at most {MAX_TEXT_BYTES} bytes of UTF-8")
     if name == "target":
         grpc_target(value)
     return value
+
+
+def _is_sendable(text: str) -> bool:
+    try:
+        return len(text.encode()) <= MAX_TEXT_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _choice(name: str, value: Any, kind: type[Enum]) -> Enum:

@@ -50,6 +50,11 @@ class Working:
         """This worker's clients, by the digest of their space."""
         return {stored.part.digest: stored.client for stored in self._parts}
 
+    def forget(self) -> None:
+        """Return once nothing under way reads the engine's blocks; what is not copied is given
+        up."""
+        self._offloader.give_up()
+
     def before_writing(self, orders: StepOrders) -> None:
         """Before the step writes to any block."""
         if orders.fence:
@@ -105,7 +110,7 @@ class Working:
             tokens = run.prefix.chunk_tokens
             for blocks in run.blocks.values():
                 lost = max(0, reached - run.first * tokens) // self._block_tokens
-                self._bad_blocks |= set(blocks[lost:])
+                self._bad_blocks |= set(blocks[lost:]) - {0}
 
 
 class _BackgroundLoads:

@@ -10,13 +10,13 @@ from kvtier.bench.demo.model import ModelUnavailable, obtain
 from tests.engines.vllm_process import Engine, Engines, Reference, connected_to, emptied
 from tests.sidecar import ROOT, Sidecar
 
-VARIABLE = "KVTIER_TEST_VLLM_PYTHON"
+VARIABLE = "TEST_VLLM_PYTHON"
 
 
 @pytest.fixture(scope="session")
 def engines() -> Iterator[Engines]:
-    python = Path(os.environ.get(VARIABLE, ROOT / ".venv-vllm" / "bin" / "python"))
-    if not python.exists():
+    python = Path(os.environ.get(VARIABLE) or ROOT / ".venv-vllm" / "bin" / "python")
+    if not python.is_file():
         pytest.skip(f"no vLLM: {VARIABLE} names no interpreter, and `make vllm-env` made none")
     engines = Engines(python)
     yield engines

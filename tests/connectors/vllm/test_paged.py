@@ -1,0 +1,275 @@
+"""Chunks out of the engine's blocks and back, whatever the layout of its memory."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+torch = pytest.importorskip("torch")
+
+from kvtier.connectors.vllm.copies import HostCopies, Landed, copies_for  # noqa: E402
+from kvtier.connectors.vllm.paged import Pages, tensor_over  # noqa: E402
+from kvtier.connectors.vllm.parts import Part, Shard, parts_of  # noqa: E402
+from kvtier.errors import InvalidRequest  # noqa: E402
+from tests.connectors.vllm.making import MODEL, layer  # noqa: E402
+
+# The physical order of layers, blocks, heads, tokens and content, as vLLM names its layouts.
+LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "float64"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache of one or two groups, and the sizes of everything in it."""
+
+    layout: str
+    dtype: str
+    blocks: int
+    heads: int
+    dim: int
+    block_tokens: tuple[int, ...]  # of each group
+    kernel_blocks: tuple[int, ...]  # in a block, of each group
+    layers: tuple[int, ...]  # each layer's group
+    chunk: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.integers(1, 2))
+    kernel_blocks = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(groups))
+    block_tokens = tuple(rows * draw(st.integers(1, 3)) for rows in kernel_blocks)
+    several = block_tokens[0] * block_tokens[-1]
+    layers = draw(st.lists(st.integers(0, groups - 1), min_size=1, max_size=4))
+    layout = draw(st.sampled_from(LAYOUTS))
+    if max(kernel_blocks) > 1 and not layout.startswith("LB"):
+        layout = "LBHNC"  # vLLM splits blocks of dense pages only
+    return Case(
+        layout, draw(st.sampled_from(DTYPES)), draw(st.integers(3 * several + 2, 3 * several + 9)),
+        draw(st.integers(1, 3)), draw(st.integers(1, 3)), block_tokens, kernel_blocks,
+        (*layers, *range(groups)), several * draw(st.integers(1, 2)),
+    )  # fmt: skip
+
+
+def noise(nbytes: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+class Engine:
+    """A paged cache full of noise, laid out as a case says, and its part."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        names = [f"model.layers.{index}.attn" for index in range(len(case.layers))]
+        (self.part,) = parts_of(
+            [
+                layer(
+                    name, group, block_tokens=case.block_tokens[group], dtype=case.dtype,
+                    heads=case.heads, key_dim=case.dim, value_dim=case.dim,
+                    content_bytes=2 * case.dim,
+                )
+                for name, group in zip(names, case.layers, strict=True)
+            ],
+            MODEL, Shard(), case.chunk,
+        )  # fmt: skip
+        self.caches: dict[str, Any] = {}
+        for group in set(case.layers):
+            mine = [name for name, of in zip(names, case.layers, strict=True) if of == group]
+            self.caches.update(zip(mine, self._views(group, len(mine), seed), strict=True))
+        self.pages = Pages(self.part, self.caches, [case.blocks] * len(case.block_tokens))
+
+    def _views(self, group: int, layers: int, seed: int) -> list[Any]:
+        case = self.case
+        rows = case.kernel_blocks[group]
+        extents = {
+            "L": layers,
+            "B": case.blocks * rows,
+            "H": case.heads,
+            "N": case.block_tokens[group] // rows,
+            "C": 2 * case.dim,
+        }
+        dtype = getattr(torch, case.dtype)
+        shape = [extents[axis] for axis in case.layout]
+        count = math.prod(shape)
+        # The layers of a group share one allocation.
+        raw = noise(count * dtype.itemsize, seed + group).view(dtype).view(shape)
+        ordered = raw.permute([case.layout.index(axis) for axis in "LBHNC"])
+        return list(ordered.unbind(0))
+
+    def tokens(self, name: str, group: int, blocks: Sequence[int]) -> Any:
+        """What a layer holds in some blocks: bytes of [tokens, heads, content]."""
+        rows = self.case.kernel_blocks[group]
+        cache = self.caches[name]
+        pieces = [
+            cache[block * rows + row].transpose(0, 1) for block in blocks for row in range(rows)
+        ]
+        return torch.cat([piece.contiguous().view(torch.uint8) for piece in pieces])
+
+    def everything(self) -> dict[tuple[str, int], Any]:
+        return {
+            (name, block): self.tokens(name, group, [block]).clone()
+            for name, group in self.part.layers
+            for block in range(self.case.blocks)
+        }
+
+    def some_blocks(self, data: st.DataObject) -> dict[int, list[int]]:
+        """Block ids for one chunk, for each group; no two alike."""
+        return {
+            group: data.draw(
+                st.lists(
+                    st.integers(1, self.case.blocks - 1), unique=True,
+                    min_size=self.case.chunk // tokens, max_size=self.case.chunk // tokens,
+                )
+            )
+            for group, tokens in self.part.groups
+        }  # fmt: skip
+
+
+def gathered(engine: Engine, blocks: Mapping[int, Sequence[int]]) -> bytearray:
+    data = bytearray(engine.pages.nbytes)
+    HostCopies().gather(engine.pages, memoryview(data), blocks, None)
+    return data
+
+
+@settings(max_examples=60)
+@given(case=cases(), data=st.data(), read_only=st.booleans())
+def test_a_chunk_comes_back_token_for_token_and_touches_nothing_else(
+    case: Case, data: st.DataObject, read_only: bool
+) -> None:
+    theirs, mine = Engine(case, 1), Engine(case, 50)
+    source, target = theirs.some_blocks(data), mine.some_blocks(data)
+    chunk = gathered(theirs, source)
+    together = math.lcm(*(tokens for _, tokens in mine.part.groups))
+    skip = data.draw(st.integers(0, case.chunk // together)) * together
+    target = {  # blocks that the engine does not keep
+        group: [0 if data.draw(st.integers(0, 5)) == 0 else block for block in blocks]
+        for group, blocks in target.items()
+    }
+    before = mine.everything()
+    memory = memoryview(bytes(chunk) if read_only else chunk)
+    HostCopies().scatter(mine.pages, [Landed(memory, target, skip)])
+    after = mine.everything()
+    for name, group in mine.part.layers:
+        tokens = case.block_tokens[group]
+        for place, block in enumerate(target[group]):
+            if block and place * tokens >= skip:
+                expected = theirs.tokens(name, group, [source[group][place]])
+                assert torch.equal(after.pop((name, block)), expected)
+    assert all(torch.equal(kept, before[place]) for place, kept in after.items())
+
+
+@settings(max_examples=30)
+@given(case=cases(), data=st.data())
+def test_a_chunk_is_layers_heads_tokens_content(case: Case, data: st.DataObject) -> None:
+    engine = Engine(case, 1)
+    blocks = engine.some_blocks(data)
+    chunk = gathered(engine, blocks)
+    found = torch.frombuffer(chunk, dtype=torch.uint8).view(
+        len(engine.part.layers), case.heads, case.chunk, -1
+    )
+    for place, (name, group) in enumerate(engine.part.layers):
+        tokens = engine.tokens(name, group, blocks[group])
+        assert torch.equal(found[place].transpose(0, 1), tokens)
+
+
+@settings(max_examples=30)
+@given(case=cases(), data=st.data())
+def test_the_layout_of_memory_does_not_show_in_a_chunk(case: Case, data: st.DataObject) -> None:
+    """What an engine of another layout stored is the same token for token."""
+    first = Engine(case, 1)
+    rows = max(case.kernel_blocks)
+    other = data.draw(st.sampled_from(LAYOUTS if rows == 1 else LAYOUTS[:2]))
+    second = Engine(Case(**{**vars(case), "layout": other}), 2)
+    assert first.part.digest == second.part.digest
+    source, target = first.some_blocks(data), second.some_blocks(data)
+    chunk = gathered(first, source)
+    HostCopies().scatter(second.pages, [Landed(memoryview(chunk), target, 0)])
+    assert gathered(second, target) == chunk
+
+
+def test_blocks_of_another_size_have_another_space() -> None:
+    """vLLM's CPU backend keeps all keys of a block before all its values, and packs keys by what
+    the CPU can do (cpu_attn.py): blocks can only be moved as they are."""
+    small = Engine(Case("LBHNC", "float32", 20, 2, 3, (2,), (1,), (0,), 12), 1)
+    large = Engine(Case("LBHNC", "float32", 20, 2, 3, (6,), (1,), (0,), 12), 2)
+    assert small.part.digest != large.part.digest
+
+
+PLAIN = Case("LBHNC", "float32", 9, 2, 2, (4,), (1,), (0,), 8)
+
+
+@pytest.mark.parametrize("blocks", [[], [1], [1, 2, 3]])
+@pytest.mark.parametrize("way", ["gather", "scatter"])
+def test_a_chunk_of_too_few_or_too_many_blocks_is_refused(blocks: list[int], way: str) -> None:
+    engine = Engine(PLAIN, 1)
+    before = engine.everything()
+    data = bytearray(engine.pages.nbytes)
+    copies, view = HostCopies(), memoryview(data)
+    call = {
+        "gather": lambda: copies.gather(engine.pages, view, {0: blocks}, None),
+        "scatter": lambda: copies.scatter(engine.pages, [Landed(view, {0: blocks}, 0)]),
+    }[way]
+    with pytest.raises(ValueError, match=f"{len(blocks)} blocks"):
+        call()
+    assert not any(data)
+    assert all(torch.equal(kept, before[at]) for at, kept in engine.everything().items())
+
+
+def test_several_chunks_are_scattered_at_once() -> None:
+    engine = Engine(PLAIN, 1)
+    chunks = [noise(engine.pages.nbytes, seed).numpy().tobytes() for seed in (5, 6)]
+    landed = [
+        Landed(memoryview(chunks[0]), {0: [1, 2]}, 0),
+        Landed(memoryview(chunks[1]), {0: [3, 4]}, 4),
+    ]
+    kept = engine.tokens("model.layers.0.attn", 0, [3]).clone()
+    HostCopies().scatter(engine.pages, landed)
+    assert gathered(engine, {0: [1, 2]}) == chunks[0]
+    assert torch.equal(engine.tokens("model.layers.0.attn", 0, [3]), kept)
+    HostCopies().scatter(engine.pages, [])
+
+
+def test_read_only_memory_is_read_without_a_warning() -> None:
+    data = bytes(range(64))
+    tensor = tensor_over(memoryview(data))
+    assert tensor.tolist() == list(range(64))
+    assert tensor_over(memoryview(data).toreadonly()[8:16]).tolist() == list(range(8, 16))
+
+
+def test_a_device_without_streams_of_its_own_is_copied_from_directly() -> None:
+    assert isinstance(copies_for(torch.device("cpu")), HostCopies)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda caches: {}, "no KV cache"),
+        (lambda caches: {name: cache[:-1] for name, cache in caches.items()}, "shape"),
+        (lambda caches: {name: cache[:, :1] for name, cache in caches.items()}, "shape"),
+        (lambda caches: {name: cache[..., :1] for name, cache in caches.items()}, "shape"),
+        (lambda caches: {name: cache[:, :, :3] for name, cache in caches.items()}, "shape"),
+        (lambda caches: {name: cache[:0] for name, cache in caches.items()}, "shape"),
+    ],
+    ids=["none", "blocks", "heads", "content", "tokens", "empty"],
+)
+def test_a_cache_that_is_not_what_the_part_says_is_refused_by_layer(change: Any, says: str) -> None:
+    engine = Engine(PLAIN, 1)
+    with pytest.raises(InvalidRequest, match=f"(?s){says}.*") as caught:
+        Pages(engine.part, change(engine.caches), [PLAIN.blocks])
+    assert "model.layers.0.attn" in str(caught.value)
+
+
+def test_bytes_are_taken_as_the_dtype_of_the_part() -> None:
+    packed: Part
+    (packed,) = parts_of(
+        [layer(quantised=True, content_bytes=16, dtype="float32")], MODEL, Shard(), 8
+    )
+    cache = noise(9 * 2 * 4 * 16, 1).view(torch.float32).view(9, 2, 4, 4)
+    pages = Pages(packed, {"model.layers.0.attn": cache}, [9])
+    data = bytearray(pages.nbytes)
+    HostCopies().gather(pages, memoryview(data), {0: [3, 5]}, None)
+    assert bytes(data[:16]) == cache[3, 0, 0].view(torch.uint8).numpy().tobytes()
