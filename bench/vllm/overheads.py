@@ -13,6 +13,7 @@ interleaved in one process, and each figure is a ratio of medians:
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -40,9 +41,8 @@ class Engine:
     """vLLM in this process, with a connector that can be switched."""
 
     def __init__(self, model: Path, target: str) -> None:
-        from vllm import LLM  # noqa: PLC0415 - after the environment is set
-
-        self._llm = LLM(
+        self._vllm: Any = importlib.import_module("vllm")  # after the environment is set
+        self._llm = self._vllm.LLM(
             str(model),
             dtype="float32",
             enforce_eager=True,
@@ -61,9 +61,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[list[int]], tokens: int) -> tuple[float, list[int]]:
         """Seconds until all prompts have their output, and how many tokens each reused."""
-        from vllm import SamplingParams  # noqa: PLC0415
-
-        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        sampling = self._vllm.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
         started_s = time.perf_counter()
         outputs = self._llm.generate(given, sampling, use_tqdm=False)

@@ -149,6 +149,7 @@ class Engine:
 
     def spoil(self) -> None:
         """Fill every block with nonsense. For an engine whose prefix cache is empty."""
+        assert self.settle(), "chunks are still being copied out of blocks"
         for stored in self._stored():
             for cache, _, _ in stored.pages._layers:
                 cache.fill_(100)

@@ -1,9 +1,8 @@
 """A whole simulated engine around the real scheduler's side of the connector."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-from kvtier.connectors.vllm.fence import Fence
 from kvtier.connectors.vllm.lookups import Lookups
 from kvtier.connectors.vllm.parts import Shard
 from kvtier.connectors.vllm.scheduling import Scheduling
@@ -15,21 +14,6 @@ from tests.connectors.vllm.simulated_workers import Choose, SimulatedLookups, St
 from tests.connectors.vllm.symbols import Kv
 
 EVERYTHING = 1 << 30
-
-
-class SharedFence(Fence):
-    """Knows all readers of a block, not only the last: see test_fence.py."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._all: dict[int, set[int]] = {}
-
-    def reading(self, number: int, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self._all.setdefault(block, set()).add(number)
-
-    def written(self, blocks: Iterable[int]) -> set[int]:
-        return {number for block in blocks for number in self._all.pop(block, ())}
 
 
 class Simulation:
@@ -67,10 +51,6 @@ class Simulation:
         self.engine = Engine(shape, self.scheduling, self.workers.execute, self.workers.holds)
         self.engine.tables.root = self.workers.root
         self._count = 0
-
-    def use(self, fence: Fence) -> None:
-        """Use another fence than the connector's own."""
-        self.scheduling._offering._fence = fence
 
     def ask(self, tokens: Sequence[int], max_tokens: int = 1, **more: Any) -> FakeRequest:
         """A request arrives."""

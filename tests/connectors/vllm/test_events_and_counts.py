@@ -11,7 +11,7 @@ from kvtier.connectors.vllm.scheduling import Scheduling
 from kvtier.connectors.vllm.tally import COUNTS, Tally
 from tests.connectors.vllm.making import parts, request, tracked
 from tests.connectors.vllm.simulated_planning import Shape
-from tests.connectors.vllm.simulation import SharedFence, Simulation
+from tests.connectors.vllm.simulation import Simulation
 
 BOTH = parts((None, 12))
 FULL, WINDOW = BOTH
@@ -91,7 +91,6 @@ def test_offers_whose_outcome_never_comes_are_forgotten() -> None:
 
 def test_a_chunk_that_lacks_a_part_is_not_announced() -> None:
     made = Simulation(Shape(windows=(None, 12), blocks=40), lambda most: 0)
-    made.use(SharedFence())
     scheduling = made.scheduling
     scheduling.stored.watched = True
     asked = made.ask(TOKENS, 4)

@@ -11,7 +11,7 @@ in nobody's hands, and in no cache, until they are loaded.
 import pytest
 
 from tests.connectors.vllm.simulated_planning import Shape
-from tests.connectors.vllm.simulation import EVERYTHING, SharedFence, Simulation
+from tests.connectors.vllm.simulation import EVERYTHING, Simulation
 
 PROMPT = list(range(100, 124))  # three chunks
 LONGER = [*PROMPT, *range(500, 512)]
@@ -22,7 +22,6 @@ LOADS = pytest.mark.parametrize("load", ["sync", "async"])
 def simulation(load: str = "sync", **shape: object) -> Simulation:
     """An engine that finds the prompt's chunks in the service, and not in its own cache."""
     made = Simulation(Shape(**shape), lambda most: 0, load=load)  # type: ignore[arg-type]
-    made.use(SharedFence())
     made.ask(PROMPT)
     made.run()
     made.workers.execute(made.engine.plan())
@@ -56,13 +55,7 @@ def test_what_is_lost_after_it_was_found_is_computed(load: str, kept: int) -> No
     check(made)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        "sync",
-        "async",
-    ],
-)
+@LOADS
 def test_what_is_lost_after_it_was_found_is_stored_again(load: str) -> None:
     made = simulation(load)
     made.ask(LONGER, 12)

@@ -1,14 +1,12 @@
 """Nobody writes to a block that an offload may still read without the workers waiting for it."""
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from kvtier.connectors.vllm.fence import Fence
 from kvtier.connectors.vllm.offering import Offering
 from tests.connectors.vllm.making import block_table, parts, request, tracked
-from tests.connectors.vllm.simulation import SharedFence
 
 BLOCKS = st.sets(st.integers(1, 12), min_size=1, max_size=6)
 
@@ -66,11 +64,8 @@ def test_a_block_is_waited_for_once() -> None:
 # ── orders of ended requests: not at a worker yet ─────────────────────────────────────────────────
 
 
-def offering(fence: Fence | None = None) -> Offering:
-    made = Offering(parts(), output=True)
-    if fence is not None:
-        made._fence = fence
-    return made
+def offering() -> Offering:
+    return Offering(parts(), output=True)
 
 
 def test_an_ended_requests_order_is_dropped_when_its_blocks_are_written() -> None:
@@ -88,17 +83,9 @@ def test_an_ended_requests_order_goes_out_when_other_blocks_are_written() -> Non
     assert made.fence([1]) == 1
 
 
-FENCES = pytest.mark.parametrize(
-    "fence",
-    [Fence, SharedFence],
-    ids=["as it is", "that knows all readers"],
-)
-
-
-@FENCES
-def test_a_dropped_order_does_not_hide_an_offload_under_way(fence: type[Fence]) -> None:
+def test_a_dropped_order_does_not_hide_an_offload_under_way() -> None:
     """A's offload is under way; B shares A's blocks and ends; then the blocks are written."""
-    made = offering(fence())
+    made = offering()
     table = [[1, 2]]
     under_way = made.offer(tracked(request(8, name="a"), parts()), table, 8)
     assert under_way is not None
@@ -107,20 +94,18 @@ def test_a_dropped_order_does_not_hide_an_offload_under_way(fence: type[Fence]) 
     assert made.parting() == []
 
 
-@FENCES
-def test_all_ended_requests_that_share_a_written_block_are_dropped(fence: type[Fence]) -> None:
+def test_all_ended_requests_that_share_a_written_block_are_dropped() -> None:
     """Two equal requests end in one step, and the next step gives their blocks away."""
-    made = offering(fence())
+    made = offering()
     for name in ("a", "b"):
         made.offer_at_end(tracked(request(8, name=name), parts()), [[1, 2]], 8)
     assert made.fence([2]) == 0
     assert made.parting() == []
 
 
-@FENCES
-def test_blocks_that_only_some_orders_share_are_told_apart(fence: type[Fence]) -> None:
+def test_blocks_that_only_some_orders_share_are_told_apart() -> None:
     """Beginning together, then apart: only who reads a written block is dropped."""
-    made = offering(fence())
+    made = offering()
     for name, table in {"a": [1, 2, 3, 4], "b": [1, 2, 5, 6]}.items():
         made.offer_at_end(tracked(request(16, name=name), parts()), [table], 16)
     assert made.fence([3]) == 0

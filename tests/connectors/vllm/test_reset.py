@@ -3,15 +3,13 @@
 import pytest
 
 from tests.connectors.vllm.simulated_planning import Shape
-from tests.connectors.vllm.simulation import SharedFence, Simulation
+from tests.connectors.vllm.simulation import Simulation
 
 PROMPT = list(range(100, 124))  # three chunks
 
 
-def simulation(**more: object) -> Simulation:
-    made = Simulation(Shape(), lambda most: 0, **more)  # type: ignore[arg-type]
-    made.use(SharedFence())
-    return made
+def simulation(load: str = "sync") -> Simulation:
+    return Simulation(Shape(), lambda most: 0, load=load)
 
 
 def stored(made: Simulation) -> None:
@@ -79,3 +77,19 @@ def test_what_is_under_way_is_given_up_with_the_next_step() -> None:
     (order,) = made.workers.pending
     made.scheduling.start_over()
     assert made.engine.plan().orders.fence >= order.number
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="offering.py `fence`: max(written, default=forgotten) forgets the reset's fence when the "
+    "next step writes a block of an earlier offload; it should be the larger of the two",
+)
+def test_all_that_is_under_way_is_given_up_whatever_the_next_step_writes() -> None:
+    made = simulation()
+    for number in range(3):
+        made.ask([number, *PROMPT])
+        made.run()
+    first, *_, last = made.workers.pending
+    made.scheduling.start_over()
+    (blocks,) = next(iter(first.runs.values())).blocks.values()
+    assert made.scheduling._offering.fence(blocks) >= last.number

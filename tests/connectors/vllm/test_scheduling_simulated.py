@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from tests.connectors.vllm.simulated_planning import Shape
 from tests.connectors.vllm.simulated_pool import Status
-from tests.connectors.vllm.simulation import SharedFence, Simulation
+from tests.connectors.vllm.simulation import Simulation
 
 ENGINES: dict[str, tuple[Shape, dict[str, Any]]] = {
     "in line": (Shape(), {}),
@@ -41,7 +41,6 @@ class Walk:
     def __init__(self, shape: Shape, more: dict[str, Any], seed: int) -> None:
         self.random = Random(seed)
         self.simulation = Simulation(shape, self.choose, **more)
-        self.simulation.use(SharedFence())
         self.engine = self.simulation.engine
         self.seen: Counter[str] = Counter()
 
