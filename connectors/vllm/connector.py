@@ -35,7 +35,14 @@ from vllm.v1.request import RequestStatus
 from kvtier.client import Client, connect
 from kvtier.connectors.vllm.copies import copies_for
 from kvtier.connectors.vllm.extras import Extras
-from kvtier.connectors.vllm.identity import block_tokens_of, layers_of, model_of, shard_of
+from kvtier.connectors.vllm.identity import (
+    block_tokens_of,
+    images_by_content,
+    layers_of,
+    model_of,
+    refuse_unsupported,
+    shard_of,
+)
 from kvtier.connectors.vllm.loader import Stored
 from kvtier.connectors.vllm.lookups import Lookups
 from kvtier.connectors.vllm.orders import StepOrders, StepReport
@@ -89,6 +96,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._lookups: Lookups | None = None
         self._parts: tuple[Part, ...] = ()
         self._clients: list[Client] = []
+        refuse_unsupported(vllm_config, kv_cache_config)
         for layer in layers_of(kv_cache_config, {}):
             check_layer(layer, self._settings.chunk_tokens)
         if role is KVConnectorRole.SCHEDULER and not self._recomputes:
@@ -201,7 +209,11 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             for client in self._clients:
                 client.wait_ready(_START_WAIT_S)
             self._lookups = Lookups(clients)
-        extras = Extras(generate_block_hash_extra_keys, self._settings.chunk_tokens)
+        extras = Extras(
+            generate_block_hash_extra_keys,
+            self._settings.chunk_tokens,
+            images_by_content=images_by_content(self._vllm_config),
+        )
         self._scheduling = Scheduling(
             list(parts.values()),
             block_tokens_of(self._cache),

@@ -22,12 +22,16 @@ class Extras:
     adapter's files.
     """
 
-    def __init__(self, extra_keys: ExtraKeys, chunk_tokens: int) -> None:
+    def __init__(
+        self, extra_keys: ExtraKeys, chunk_tokens: int, *, images_by_content: bool = True
+    ) -> None:
         self._extra_keys = extra_keys
         self._chunk_tokens = chunk_tokens
         self._adapters: dict[int, _Adapter] = {}
         self._count = 0
         self._engine = os.urandom(16).hex()
+        # Else vLLM numbers them, from the start with each start.
+        self._images = "" if images_by_content else self._engine
 
     def of(self, request: Any, salt: bytes) -> Extra:
         """The extra of each chunk of a request, by its place; empty for plain prompts."""
@@ -43,7 +47,8 @@ class Extras:
         found, _ = self._extra_keys(request, first, first + self._chunk_tokens, 0)
         if found is None and not salt and not adapter:
             return b""
-        return digest_of(found, adapter, salt.hex())
+        images = self._images if request.mm_features else ""
+        return digest_of(found, adapter, salt.hex(), images)
 
     def _adapter(self, lora: Any) -> str:
         """What tells an adapter from others: the contents of its files. What cannot be read, as it

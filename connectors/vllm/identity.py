@@ -21,6 +21,12 @@ _VOLATILE = {
 }  # fmt: skip
 
 
+# Load formats that load the safetensors or GGUF files of the model's folder.
+_FILES_AS_THEY_ARE = {
+    "auto", "hf", "safetensors", "fastsafetensors", "mistral", "gguf", "runai_streamer",
+}  # fmt: skip
+
+
 def model_of(config: Any, settings: Settings) -> Model:
     """The model that a VllmConfig describes.
 
@@ -54,6 +60,14 @@ def model_of(config: Any, settings: Settings) -> Model:
     return Model(architectures[0], identity, weights, canonical(rope), settings.tenant)
 
 
+def images_by_content(config: Any) -> bool:
+    """Whether vLLM names images by a hash of what they show; else it numbers them."""
+    images = getattr(config.model_config, "multimodal_config", None)
+    if images is None or config.cache_config.enable_prefix_caching:
+        return True
+    return getattr(images, "mm_processor_cache_gb", 0) > 0
+
+
 def _depends_on_length(described: dict[str, Any], rope: Any) -> bool:
     """Whether a token's KV depends on the longest context that the engine allows: LongRoPE chooses
     its factors by it, and so do some models their attention's temperature."""
@@ -61,6 +75,25 @@ def _depends_on_length(described: dict[str, Any], rope: Any) -> bool:
         any(kind in canonical(rope) for kind in ("longrope", "dynamic"))
         or described.get("attn_temperature_tuning") is not None
     )
+
+
+def refuse_unsupported(config: Any, cache: Any) -> None:
+    """Raise InvalidRequest, naming the setting, where vLLM works in ways that the connector cannot
+    keep up with."""
+    parallel, transfer = config.parallel_config, config.kv_transfer_config
+    if transfer.kv_role != "kv_both":
+        raise InvalidRequest(f'vllm: kv_role "{transfer.kv_role}" is not supported; use "kv_both"')
+    if parallel.world_size > 1:
+        if config.model_config.enable_sleep_mode:
+            raise InvalidRequest("vllm: enable_sleep_mode is supported with one worker only")
+        if parallel.distributed_executor_backend == "external_launcher":
+            raise InvalidRequest("vllm: external_launcher is supported with one worker only")
+    if getattr(cache, "needs_kv_cache_zeroing", False) and config.use_v2_model_runner:
+        # It clears new blocks before it says which offloads must have left them.
+        raise InvalidRequest(
+            "vllm: a KV cache of mixed precision needs the first model runner; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
 
 
 def _refuse_what_varies(config: Any) -> None:
@@ -77,9 +110,12 @@ def _refuse_what_varies(config: Any) -> None:
 
 def weights_of(name: str, revision: str | None, load_config: Any, seed: int | None) -> str:
     """The fingerprint of a model's weights: of the files that the engine loads."""
-    if str(load_config.load_format) == "dummy":
+    load_format = str(load_config.load_format)
+    if load_format == "dummy":
         return f"dummy-{seed}"
     try:
+        if load_format not in _FILES_AS_THEY_ARE:
+            raise InvalidRequest(f"weights: load_format {load_format} loads other files")
         return fingerprint.of_path(_local(name, revision, load_config.download_dir))
     except InvalidRequest as error:
         raise InvalidRequest(

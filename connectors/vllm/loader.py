@@ -15,6 +15,9 @@ from kvtier.connectors.vllm.tally import Tally
 
 logger = logging.getLogger(__name__)
 
+# A call that is given less time than any call takes would only look as if the service had failed.
+_LEAST_S = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -42,17 +45,18 @@ class Loader:
         """Take over what is secured for a request; its next load uses it and lets go of it."""
         self._prepared[request] = secured
 
-    def load(self, order: LoadOrder) -> int:
+    def load(self, order: LoadOrder, deadline_s: float | None = None) -> int:
         """Carry out an order; returns up to which token of the request it succeeded: `order.stop`,
-        or the first one that could not be had."""
+        or the first one that could not be had until the deadline."""
         started_s = time.monotonic()
         reached = order.stop
         secured = self._prepared.pop(order.request, None)
+        until_s = started_s + (deadline_s or self._deadline_s)
         try:
             for digest, run in order.runs.items():
                 stored = self._parts.get(digest)
                 if stored is not None:  # else another worker's
-                    reached = min(reached, self._load_part(stored, run, order, secured))
+                    reached = min(reached, self._load_part(stored, run, order, secured or until_s))
         except Exception:
             logger.exception("kvtier: a load failed")
             reached = order.start
@@ -65,16 +69,18 @@ class Loader:
         return reached
 
     def _load_part(
-        self, stored: Stored, run: Run, order: LoadOrder, secured: Secured | None
+        self, stored: Stored, run: Run, order: LoadOrder, source: Secured | float
     ) -> int:
-        if secured is not None:
-            first = run.first - secured.first
-            chunks = secured.chunks[stored.part.digest][first : first + len(run.prefix)]
+        """Load one part's run from what is secured or, until a time, from the service."""
+        if isinstance(source, Secured):
+            first = run.first - source.first
+            chunks = source.chunks[stored.part.digest][first : first + len(run.prefix)]
             return self._scatter(stored, run, order, chunks)
         if not stored.client.connected:
             # The scheduler's side is connected, or it would not have ordered this.
-            stored.client.wait_ready(self._deadline_s)
-        with stored.client.load(run.prefix, self._deadline_s) as loaded:
+            stored.client.wait_ready(max(0.0, source - time.monotonic()))
+        left_s = max(_LEAST_S, source - time.monotonic())
+        with stored.client.load(run.prefix, left_s) as loaded:
             return self._scatter(stored, run, order, list(loaded))
 
     def _scatter(

@@ -48,7 +48,7 @@ class Offering:
         written = set(blocks)
         self._parting = [order for order in self._parting if written.isdisjoint(_read_by(order))]
         forgotten, self._forgotten = self._forgotten, 0
-        return max(self._fence.written(written), default=forgotten)
+        return max({forgotten} | self._fence.written(written))
 
     def forget(self) -> None:
         """What blocks hold is no longer what was offered: orders that no worker has are dropped,

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ class Working:
         self._offloader = Offloader(parts, copies, deadline_s, self.tally)
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
-        self._background = _BackgroundLoads(Loader(parts, copies, deadline_s, self.tally))
+        self._background = _BackgroundLoads(
+            Loader(parts, copies, deadline_s, self.tally), deadline_s
+        )
 
     def prepare(self, request: str, secured: Secured) -> None:
         """Take over what is secured for a load in line; see `Loader.prepare`."""
@@ -114,11 +117,13 @@ class Working:
 
 
 class _BackgroundLoads:
-    """Loads beside the engine's steps, one after the other."""
+    """Loads beside the engine's steps, one after the other. The deadline of each counts from its
+    order, so that those behind a slow one do not wait longer than it."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, deadline_s: float) -> None:
         self._loader = loader
-        self._queue: queue.SimpleQueue[LoadOrder | None] = queue.SimpleQueue()
+        self._deadline_s = deadline_s
+        self._queue: queue.SimpleQueue[tuple[LoadOrder, float] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._arrivals = Arrivals(set(), set())
         self._thread: threading.Thread | None = None
@@ -127,7 +132,7 @@ class _BackgroundLoads:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kvtier-load", daemon=True)
             self._thread.start()
-        self._queue.put(order)
+        self._queue.put((order, time.monotonic() + self._deadline_s))
 
     def take(self) -> Arrivals:
         with self._lock:
@@ -140,10 +145,13 @@ class _BackgroundLoads:
             self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while (order := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            order, until_s = item
             reached = order.start
             try:
-                reached = self._loader.load(order)
+                left_s = until_s - time.monotonic()
+                if left_s > 0:
+                    reached = self._loader.load(order, left_s)
             finally:  # whatever happens, the engine waits for this request
                 with self._lock:
                     self._arrivals.finished.add(order.request)

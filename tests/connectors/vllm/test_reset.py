@@ -79,11 +79,6 @@ def test_what_is_under_way_is_given_up_with_the_next_step() -> None:
     assert made.engine.plan().orders.fence >= order.number
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="offering.py `fence`: max(written, default=forgotten) forgets the reset's fence when the "
-    "next step writes a block of an earlier offload; it should be the larger of the two",
-)
 def test_all_that_is_under_way_is_given_up_whatever_the_next_step_writes() -> None:
     made = simulation()
     for number in range(3):

@@ -21,7 +21,7 @@ ENGINES: dict[str, tuple[Shape, dict[str, Any]]] = {
     "beside": (Shape(), {"load": "async"}),
     "beside, steps ahead, two ranks": (Shape(depth=2), {"ranks": 2, "in_process": False}),
     "window": (Shape(windows=(None, 10), blocks=40), {}),
-    "windows, steps ahead": (Shape(windows=(None, 10, 18), blocks=60, depth=2), {}),
+    "windows, steps ahead": (Shape(windows=(None, 10, 17), blocks=60, depth=2), {}),
     "only a window": (Shape(windows=(10,), depth=2), {}),
     "only a window, beside": (Shape(windows=(10,), depth=2), {"load": "async"}),
     "drafts": (Shape(drafts=2), {}),
