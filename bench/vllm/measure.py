@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvtier.bench.vllm.ask import Answer, chat, complete, counter
+from kvtier.bench.vllm.load import Load
 from kvtier.bench.vllm.server import Engine
 from kvtier.bench.vllm.workload import Conversation, Workload, warm_up
 
@@ -23,7 +24,8 @@ class Phase:
 
     `again` has the prompts asked a second time, which vLLM's own cache holds. `from_kvtier` are the
     prompt tokens that vLLM says it took from kvtier, `load_failures` what it says could not be
-    loaded, `service` what the sidecar counted in the meantime.
+    loaded, `service` what the sidecar counted in the meantime. `others` is the share of the machine
+    that other work took.
     """
 
     prompts: Answers
@@ -32,6 +34,7 @@ class Phase:
     start_s: float = 0.0
     from_kvtier: int = 0
     load_failures: int = 0
+    others: float = 0.0
     service: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -50,6 +53,7 @@ def play(
     """
     for _ in range(2):  # the second time it is a hit, so that this way is warm as well
         complete(engine.port, warm_up(), _WARM_UP_ANSWER_TOKENS)
+    load = Load(engine.processor_s())
     taken = counter(engine.port, _EXTERNAL_HITS)
     prompts: Answers = {}
     again: Answers = {}
@@ -69,6 +73,7 @@ def play(
         start_s=engine.start_s,
         from_kvtier=counter(engine.port, _EXTERNAL_HITS) - taken,
         load_failures=engine.said().count(_LOAD_FAILURE),
+        others=load.others(engine.processor_s()),
     )
 
 

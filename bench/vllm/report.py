@@ -33,6 +33,8 @@ _MEANING = {
     "reused_tokens": "prompt tokens not computed, as vLLM reports them, the least of those prompts",
     "ratios": "of those; a reload leaves one token to compute, a hit in vLLM's own cache up to one "
     "of its blocks",
+    "other_work": "the share of the machine that other processes took, the sidecar among them; with "
+    "much of it the times, and what they are to each other, mean little",
     "conversations": "the history is asked turn by turn; what vLLM still holds of it, it holds in "
     "every column",
 }
@@ -189,6 +191,7 @@ def _of_phase(phase: Phase) -> Record:
         "engine_start_s": round(phase.start_s, 1),
         "tokens_from_kvtier": phase.from_kvtier,
         "load_failures": phase.load_failures,
+        "other_work": round(phase.others, 2),
         "sidecar": {name: count for name, count in phase.service.items() if count},
     }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtier.bench.vllm.ask import HOST, MODEL, EngineFailed, is_ready
+from kvtier.bench.vllm.load import process_s
 
 CHUNK_TOKENS = 256
 THREADS = 2
@@ -57,6 +58,10 @@ class Engine:
     log: Path
     log_start: int
     start_s: float = 0.0
+
+    def processor_s(self) -> float:
+        """The processor time it has used, with all it started."""
+        return process_s(_members(self.process.pid))
 
     def said(self) -> str:
         """What it has logged so far."""

@@ -5,11 +5,12 @@ from typing import Any
 
 from kvtier.bench.vllm.workload import EXACT_TOKENS
 
+_BUSY = 0.15  # other work that takes more of the machine than this is worth a note
 _PHASES = ("without", "cold", "ram", "disk")
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Two tables, a line on exactness and one for each problem."""
+    """Two tables, a line on exactness, one on a busy machine and one for each problem."""
     same = "identical to" if result["identical"] else "DIFFERENT from"
     lines = [
         *_aligned(_turns(result)),
@@ -17,6 +18,7 @@ def tables(result: dict[str, Any]) -> str:
         *_aligned(_lengths(result)),
         "",
         f"answers: {same} vLLM without kvtier, token for token",
+        *_note(result["phases"]),
         *(f"PROBLEM: {problem}" for problem in result["problems"]),
     ]
     return "\n".join(lines) + "\n"
@@ -69,6 +71,15 @@ def _lengths(result: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _note(phases: dict[str, Any]) -> list[str]:
+    """A line on what else the machine did, where that was much."""
+    busy = {name: each["other_work"] for name, each in phases.items()}
+    if max(busy.values()) <= _BUSY:
+        return []
+    shares = ", ".join(f"{100 * share:.0f} % ({name})" for name, share in busy.items())
+    return [f"NOTE: other work took {shares} of the machine: measure again for times that count"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -217,6 +217,15 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "vllm.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_busy_machine_is_noted_and_no_problem() -> None:
+    played = good()
+    assert "NOTE" not in tables(summary(played))
+    played.phases["cold"] = replace(played.phases["cold"], others=0.63)
+    result = summary(played)
+    assert result["problems"] == []
+    assert "63 % (cold), 0 % (ram)" in tables(result)
+
+
 def test_the_document_names_nobody() -> None:
     text = json.dumps(summary(good()))
     assert os.uname().nodename not in text

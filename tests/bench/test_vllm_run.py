@@ -1,9 +1,11 @@
 """The run's own part: what is asked, with which history, and what it says without an engine."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,8 +45,8 @@ class FakeVllm:
 def engine(tmp_path: Path) -> Engine:
     log = tmp_path / "log"
     log.write_text("KV load failure: of the last engine\nRecovered from KV load failure: 1\n")
-    process: Any = None
-    return Engine(1, process, log, log_start=36, start_s=4.5)
+    myself: Any = SimpleNamespace(pid=os.getpgrp())
+    return Engine(1, myself, log, log_start=36, start_s=4.5)
 
 
 def play_quietly(engine: Engine, reference: Phase | None, *, twice: bool = False) -> Phase:

@@ -148,7 +148,9 @@ class Engine:
     # ── what is kept ──
 
     def spoil(self) -> None:
-        """Fill every block with nonsense. For an engine whose prefix cache is empty."""
+        """Fill every block with nonsense, once nothing is to be copied out of one. For an engine
+        whose prefix cache is empty."""
+        self.generate([{"tokens": [3]}], max_tokens=2)  # what ended requests have left goes along
         assert self.settle(), "chunks are still being copied out of blocks"
         for stored in self._stored():
             for cache, _, _ in stored.pages._layers:
