@@ -30,10 +30,10 @@ _MEANING = {
     "ttft_ms": "request sent to first token streamed, by prompt length: of several prompts the "
     "fastest of those that were computed and the median of the others; before disk the sidecar's "
     "files were dropped from the page cache",
+    "ratios": "of those times; a reload leaves one token to compute, a hit in vLLM's own cache up "
+    "to one of its blocks",
     "reused_tokens": "prompt tokens not computed, as vLLM reports them, the least of those prompts",
-    "ratios": "of those; a reload leaves one token to compute, a hit in vLLM's own cache up to one "
-    "of its blocks",
-    "other_work": "the share of the machine that other processes took, the sidecar among them; with "
+    "other_work": "share of the machine that other processes took, the sidecar among them; with "
     "much of it the times, and what they are to each other, mean little",
     "conversations": "the history is asked turn by turn; what vLLM still holds of it, it holds in "
     "every column",
