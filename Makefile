@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo vllm vllm-env test check bench proto clean
+.PHONY: help demo vllm vllm-overheads vllm-env test check bench proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -23,6 +23,11 @@ demo: $(READY) ## a real small model, cold and warm: transcript and plot in out/
 
 vllm: vllm-env ## a real vLLM server, cold and warm: tables and plot in out/ (about 10 minutes)
 	$(BIN)/kvtier vllm --out out --engine-python "$(VLLM_VENV)/bin/python"
+
+vllm-overheads: vllm-env ## what kvtier costs inside vLLM, as JSON, in out/ (after make vllm)
+	"$(VLLM_VENV)/bin/python" -m kvtier.bench.vllm.overheads \
+	  --model out/models/SmolLM2-135M-Instruct-fp32 --out out/vllm-overheads.json
+	@cat out/vllm-overheads.json
 
 vllm-env: $(READY) ## vLLM for CPU, with kvtier, in an environment of its own (2 GB)
 	scripts/install_vllm.sh "$(VLLM_VENV)" $(BIN)/python

@@ -1,9 +1,9 @@
 """What kvtier costs and saves inside one vLLM process, against that process without it.
 
-    python -m kvtier.bench.vllm.overheads --model DIR --target unix:///tmp/kvtier.sock
+    python -m kvtier.bench.vllm.overheads --model DIR --out FILE
 
-Runs in the engine's environment and prints one JSON document on its last line. Everything is
-interleaved in one process, and each figure is a ratio of medians:
+Runs in the engine's environment, with a sidecar of its own, and writes one JSON document.
+Everything is interleaved in one process, and each figure is a ratio of medians:
 
     hit     time to first token of a prefix in RAM, to a bare copy of the same blocks within this
             process, and to vLLM's own prefix hit
@@ -18,10 +18,13 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kvtier.bench.sidecar import sidecar
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -192,24 +195,35 @@ def main() -> int:
     """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--target", required=True)
+    parser.add_argument("--out", type=Path, required=True)  # the engine prints to stdout
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
+    if not options.model.is_dir():
+        parser.error(
+            f"--model: {options.model} is no folder; `make vllm` makes one below out/models"
+        )
     os.environ.update(ENVIRONMENT)
-    engine = Engine(options.model, options.target)
+    with tempfile.TemporaryDirectory(prefix="kvtier-") as folder:
+        settings = {"cpu.capacity": "2GiB", "disk.directory": f"{folder}/disk"}
+        with sidecar(Path(folder), settings) as service:
+            figures = _measure(Engine(options.model, service.target), options.rounds)
+    options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _measure(engine: Engine, rounds: int) -> dict[str, Any]:
     engine.generate([engine.new_prompt(40)], 4)
     figures: dict[str, Any] = {}
     for tokens in _HIT_TOKENS:
         _say(f"hits of {tokens} tokens")
-        figures[f"hit_{tokens}"] = hits(engine, tokens, options.rounds)
+        figures[f"hit_{tokens}"] = hits(engine, tokens, rounds)
     _say("misses")
-    figures["miss"] = misses(engine, options.rounds)
+    figures["miss"] = misses(engine, rounds)
     _say("decoding")
-    figures["decode"] = decodes(engine, max(2, options.rounds // 2))
+    figures["decode"] = decodes(engine, max(2, rounds // 2))
     _say("steps")
     figures["steps"] = [steps(engine, requests) for requests in (1, 32)]
-    sys.stdout.write(json.dumps(figures) + "\n")
-    return 0
+    return figures
 
 
 def _say(what: str) -> None:

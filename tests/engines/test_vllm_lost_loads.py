@@ -29,7 +29,7 @@ SEEDS = itertools.count(50)
 
 @pytest.fixture(scope="module")
 def async_engine(engines: Engines, model: Path, sidecar: Sidecar) -> Iterator[Engine]:
-    settings = connected_to(sidecar.target, load="async")
+    settings = connected_to(sidecar.target, load="async", lookup_wait_ms=0)
     with Engine(engines, model, num_gpu_blocks_override=80, **settings) as engine:
         yield engine
 

