@@ -37,16 +37,30 @@ class Copier:
         into, out_of = as_bytes_array(target), as_bytes_array(source)
         if into.nbytes != out_of.nbytes:  # NumPy would repeat a single byte
             raise ValueError(f"copy: the source has shape {out_of.shape}, the target {into.shape}")
-        if into.nbytes < SHARED_COPY_BYTES or not self._helps:
+        if into.nbytes < SHARED_COPY_BYTES:
             np.copyto(into, out_of)
             return
         half = into.nbytes // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-        rest = _Task(lambda: np.copyto(into[half:], out_of[half:]))
-        self._offer(rest)
+        self.share(
+            lambda: np.copyto(into[:half], out_of[:half]),
+            lambda: np.copyto(into[half:], out_of[half:]),
+        )
+
+    def share(self, work: Callable[[], None], rest: Callable[[], None]) -> None:
+        """Do both halves of some work that holds no GIL, at the same time where that is possible.
+
+        Nothing is done any more once this returns or raises; it raises what they raise.
+        """
+        if not self._helps:
+            work()
+            rest()
+            return
+        task = _Task(rest)
+        self._offer(task)
         try:
-            np.copyto(into[:half], out_of[:half])
+            work()
         finally:
-            rest.finish()
+            task.finish()
 
     def close(self) -> None:
         """End the helping thread; copies go on without it."""

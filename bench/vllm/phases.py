@@ -1,10 +1,12 @@
-"""The four engine processes, in their order, and the sidecar beside three of them.
+"""The five engine processes, in their order, and the sidecar beside four of them.
 
-without  vLLM alone: the reference; each exact prompt twice, for vLLM's own cache
-cold     with kvtier, which is empty
-ram      a new engine process: prefixes come from the sidecar's RAM
-         the sidecar stops and starts again; its files are dropped from the page cache
-disk     a new engine process: prefixes come from disk
+without    vLLM alone: the reference; each exact prompt twice, for vLLM's own cache
+cold       with kvtier, which is empty
+ram        a new engine process: prefixes come from the sidecar's RAM
+           the sidecar stops and starts again
+disk       a new engine process: prefixes come from the sidecar's files
+           the sidecar stops and starts again; its files are dropped from the page cache
+disk_cold  a new engine process: prefixes come from the medium
 """
 
 import time
@@ -29,7 +31,7 @@ _POLL_S = 0.2
 @dataclass(frozen=True, slots=True)
 class Played:
     """Every phase, by its name. `left_in_page_cache` is what the system would not forget of the
-    sidecar's files before the phase `disk`."""
+    sidecar's files before the phase `disk_cold`."""
 
     phases: dict[str, Phase]
     left_in_page_cache: int
@@ -61,13 +63,17 @@ def play_all(launch: Launch, workload: Workload, disk: Path, memory: Path, say: 
         cold = beside(service)
         say("ram: a new vLLM process, the same sidecar")
         ram = beside(service)
-        say("the sidecar stops; its files are dropped from the page cache")
-    left = forget(disk)
     with sidecar(launch.folder, settings) as service:
         say("disk: a new vLLM process, a new sidecar")
         from_disk = beside(service)
+        say("the sidecar stops; its files are dropped from the page cache")
+    left = forget(disk)
+    with sidecar(launch.folder, settings) as service:
+        say("disk_cold: a new vLLM process, a new sidecar")
+        from_cold_disk = beside(service)
     say("comparing")
-    return Played({"without": without, "cold": cold, "ram": ram, "disk": from_disk}, left)
+    phases = {"without": without, "cold": cold, "ram": ram}
+    return Played(phases | {"disk": from_disk, "disk_cold": from_cold_disk}, left)
 
 
 def settle(counters: Callable[[], dict[str, int]], quiet_s: float = _QUIET_S) -> None:

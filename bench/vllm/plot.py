@@ -7,6 +7,7 @@ from kvtier.bench.vllm.workload import EXACT_TOKENS
 
 _WAYS = {
     "recompute": ("recomputed\n(vLLM alone)", "#8a8f98"),
+    "disk_cold": ("kvtier: from disk,\nnot in the page cache", "#b5651d"),
     "disk": ("kvtier: from disk,\nafter restarts", "#d98c3f"),
     "ram": ("kvtier: from RAM,\nafter a restart", "#2f7fb8"),
     "engine_hit": ("vLLM's own cache,\nsame process", "#b9bdc4"),
@@ -18,7 +19,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(EXACT_TOKENS), sharex=True, sharey=True)
     every = [value for way in _WAYS for value in result["ttft_ms"][way].values()]

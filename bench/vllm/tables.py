@@ -6,7 +6,7 @@ from typing import Any
 from kvtier.bench.vllm.workload import EXACT_TOKENS
 
 _BUSY = 0.15  # other work that takes more of the machine than this is worth a note
-_PHASES = ("without", "cold", "ram", "disk")
+_PHASES = ("without", "cold", "ram", "disk", "disk_cold")
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -25,8 +25,8 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _turns(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    head = ("time to first token, ms", "prompt", "without", "cold", "RAM", "disk")
-    reused = ("reused: without", "RAM", "disk")
+    head = ("time to first token, ms", "prompt", "without", "cold", "RAM", "disk", "cold disk")
+    reused = ("reused: without", "RAM", "disk", "cold disk")
     return [
         (*head, *reused),
         *(
@@ -34,7 +34,7 @@ def _turns(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{each['conversation']}, turn {each['turn']}",
                 f"{each['prompt_tokens']:,} tokens",
                 *(f"{each['ttft_ms'][name]:,.0f}" for name in _PHASES),
-                *(f"{each['reused_tokens'][name]:,}" for name in ("without", "ram", "disk")),
+                *(f"{each['reused_tokens'][name]:,}" for name in _PHASES if name != "cold"),
             )
             for each in result["conversations"]
         ),
@@ -48,10 +48,12 @@ def _lengths(result: dict[str, Any]) -> list[tuple[str, ...]]:
         "engine_hit": "vLLM's cache",
         "ram": "RAM",
         "disk": "disk",
+        "disk_cold": "cold disk",
     }
     ratios = {
         "recompute_over_ram": "recomputed/RAM",
         "disk_over_ram": "disk/RAM",
+        "disk_cold_over_ram": "cold disk/RAM",
         "ram_over_engine_hit": "RAM/vLLM's cache",
     }
     rows = [("time to first token, ms", *columns.values(), *ratios.values())]

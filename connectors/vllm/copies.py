@@ -1,6 +1,6 @@
 """Copies between the engine's blocks and chunks in host memory, on the engine's device.
 
-On the CPU straight between the two, in one native call without the GIL. On another device by way
+On the CPU straight between the two, in native calls without the GIL. On another device by way
 of one chunk on the device, so that each chunk crosses in one transfer, ordered by streams.
 """
 
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from kvtier.connectors.vllm.paged import Pages
+from kvtier.kernels.copying import SHARED_COPY_BYTES, Copier
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,10 @@ class Copies(Protocol):
         When this returns, `data` is complete and the blocks are no longer read."""
         ...
 
+    def close(self) -> None:
+        """End what it runs; no copy may be under way."""
+        ...
+
 
 def copies_for(device: torch.device) -> Copies:
     """The copies of an engine's device."""
@@ -49,6 +54,9 @@ def copies_for(device: torch.device) -> Copies:
 
 class HostCopies:
     """The engine's blocks are in host memory, and its work is done when its call returns."""
+
+    def __init__(self) -> None:
+        self._copier = Copier()
 
     def mark(self) -> object:
         return None
@@ -60,13 +68,22 @@ class HostCopies:
             views = pages.views(pages.chunk(chunk.data), chunk.blocks, chunk.skip_tokens)
             paged += views[0]
             flat += views[1]
-        _copy(paged, flat)
+        if len(chunks) * pages.nbytes < SHARED_COPY_BYTES:
+            _copy(paged, flat)
+            return
+        half = len(paged) // 2
+        self._copier.share(
+            lambda: _copy(paged[:half], flat[:half]), lambda: _copy(paged[half:], flat[half:])
+        )
 
     def gather(
         self, pages: Pages, data: memoryview, blocks: Mapping[int, Sequence[int]], after: object
     ) -> None:
         paged, flat = pages.views(pages.chunk(data), blocks)
         _copy(flat, paged)
+
+    def close(self) -> None:
+        self._copier.close()
 
 
 class StreamCopies:
@@ -108,6 +125,9 @@ class StreamCopies:
             _copy(flat, paged)
             pages.chunk(data).copy_(remote, non_blocking=True)
         self._out.record_event().synchronize()
+
+    def close(self) -> None:
+        pass  # streams belong to torch
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

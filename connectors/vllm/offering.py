@@ -45,6 +45,8 @@ class Offering:
     def fence(self, blocks: Iterable[int]) -> int:
         """The offload that must have left its blocks before these are written; 0 if none. Orders of
         ended requests that would read them are dropped."""
+        if not blocks and not self._forgotten:
+            return 0
         written = set(blocks)
         self._parting = [order for order in self._parting if written.isdisjoint(_read_by(order))]
         forgotten, self._forgotten = self._forgotten, 0

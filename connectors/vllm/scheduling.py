@@ -5,7 +5,7 @@ It runs on the engine's loop, so it only computes and remembers; `Lookups` asks 
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,18 +150,23 @@ class Scheduling:
 
     def plan(self, output: Any) -> StepOrders:
         """The orders of the step that vLLM's SchedulerOutput describes."""
+        # Every step passes here, and hardly any has something to do: keep its way short. Between
+        # two steps the engine's own work has displaced this code and its data from the caches.
         self._step += 1
         self._matching.next_step()
         loads, self._loads = self._loads, []
         fence = self._offering.fence(self._blocks_written(output, loads))
-        confirm = any(not load.background for load in loads)
-        if confirm:
-            self._offering.await_confirmation(self._step)
-        offloads = self._offering.parting()
-        if not self._offering.held_back and self._matching.connected:
-            offloads += self._due(output)
+        confirm = False
         if loads:
             self.tally.add(loads=len(loads))
+            confirm = any(not load.background for load in loads)
+            if confirm:
+                self._offering.await_confirmation(self._step)
+        offloads = self._offering.parting()
+        if not self._offering.held_back:
+            due = self._due(output.num_scheduled_tokens)
+            if due and self._matching.connected:
+                offloads += self._orders(due, output.kv_connector_block_state)
         return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads))
 
     def received(self, report: StepReport) -> None:
@@ -174,17 +179,22 @@ class Scheduling:
                 tracked.start_over()
         self.stored.count(report.stored)
 
-    def _due(self, output: Any) -> Iterator[OffloadOrder]:
-        # Every step passes here with every request, and hardly ever is one due: keep it lean.
+    def _due(self, scheduled: Mapping[str, int]) -> list[tuple[Tracked, int]]:
+        """Requests with chunks to offer, and how many tokens of each this step completes."""
+        due = []
         everyone = self._tracked
-        for request_id, scheduled in output.num_scheduled_tokens.items():
+        for request_id, tokens in scheduled.items():
             tracked = everyone.get(request_id)
             if tracked is None:
                 continue
-            computed = tracked.request.num_computed_tokens + scheduled
-            if computed < tracked.due_tokens or not self._offering.due(tracked, computed):
-                continue
-            table = output.kv_connector_block_state.get_block_ids(request_id)
+            computed = tracked.request.num_computed_tokens + tokens
+            if computed >= tracked.due_tokens and self._offering.due(tracked, computed):
+                due.append((tracked, computed))
+        return due
+
+    def _orders(self, due: Iterable[tuple[Tracked, int]], tables: Any) -> Iterator[OffloadOrder]:
+        for tracked, computed in due:
+            table = tables.get_block_ids(tracked.request.request_id)
             order = self._offering.offer(tracked, table, computed)
             if order is not None:
                 self._note(order, tracked)
@@ -200,6 +210,17 @@ class Scheduling:
     def _blocks_written(self, output: Any, loads: Sequence[LoadOrder]) -> Iterable[int]:
         """Every block that the step may write, but for those that it only continues to fill: these
         were named when they were new."""
+        if not (
+            self._written
+            or output.scheduled_new_reqs
+            or any(output.scheduled_cached_reqs.new_block_ids)
+            or output.kv_cache_block_copies
+            or output.new_block_ids_to_zero
+        ):
+            return ()
+        return self._new_blocks(output, loads)
+
+    def _new_blocks(self, output: Any, loads: Sequence[LoadOrder]) -> Iterator[int]:
         written, self._written = self._written, []
         starts: dict[str, int] = {load.request: load.start for load in loads}
         for new in output.scheduled_new_reqs:

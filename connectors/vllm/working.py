@@ -103,6 +103,7 @@ class Working:
         """End the threads and the sessions."""
         self._background.close()
         self._offloader.close()
+        self._copies.close()
         for stored in self._parts:
             stored.client.close()
 

@@ -70,6 +70,7 @@ def good() -> Played:
             "cold": phase(1100),
             "ram": phase(50, reused=True),
             "disk": phase(100, reused=True, promoted=DUE_CHUNKS),
+            "disk_cold": phase(150, reused=True, promoted=DUE_CHUNKS),
         },
         left_in_page_cache=0,
     )
@@ -95,10 +96,12 @@ def test_figures_are_by_length_the_fastest_computed_and_else_the_median() -> Non
         "cold": {"1024": 1100, "4096": 4403},
         "ram": {"1024": 51, "4096": 204},
         "disk": {"1024": 101, "4096": 404},
+        "disk_cold": {"1024": 151, "4096": 604},
     }
     assert result["ratios"] == {
         "recompute_over_ram": {"1024": 19.61, "4096": 19.62},
         "disk_over_ram": {"1024": 1.98, "4096": 1.98},
+        "disk_cold_over_ram": {"1024": 2.96, "4096": 2.96},
         "ram_over_engine_hit": {"1024": 1.24, "4096": 1.24},
     }
     assert result["reused_tokens"]["ram"] == {"1024": 1023, "4096": 4095}
@@ -112,8 +115,11 @@ def test_each_turn_is_told() -> None:
         1,
         600,
     )
-    assert second["ttft_ms"] == {"without": 1000, "cold": 1100, "ram": 50, "disk": 100}
-    assert second["reused_tokens"] == {"without": 0, "cold": 0, "ram": 1024, "disk": 1024}
+    computed, reloaded = ("without", "cold"), ("ram", "disk", "disk_cold")
+    assert second["ttft_ms"] == dict(
+        zip((*computed, *reloaded), (1000, 1100, 50, 100, 150), strict=True)
+    )
+    assert second["reused_tokens"] == dict.fromkeys(computed, 0) | dict.fromkeys(reloaded, 1024)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,11 @@ def test_each_wrong_answer_is_found(
         ("ram", {"load_failures": 2}, "ram: vLLM says 2 times that a load failed"),
         ("ram", {"service": {"promoted_chunks": 3}}, "ram: 3 chunks came from disk"),
         ("disk", {"service": {"promoted_chunks": 59}}, "disk: 59 chunks came from disk, not 60"),
+        (
+            "disk_cold",
+            {"service": {"promoted_chunks": 0}},
+            "disk_cold: 0 chunks came from disk, not 60",
+        ),
     ],
 )
 def test_what_came_from_elsewhere_is_found(name: str, change: dict[str, Any], problem: str) -> None:
@@ -209,9 +220,9 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = summary(good())
     lines = [" ".join(line.split()) for line in tables(result).splitlines()]
-    assert "conversation 1, turn 2 1,200 tokens 1,000 1,100 50 100 0 1,024 1,024" in lines
-    assert "4,096 tokens 4,003 4,403 164 204 404 19.62 1.98 1.24" in lines
-    assert "of them reused 0 0 4,095 4,095 4,095" in lines
+    assert "conversation 1, turn 2 1,200 tokens 1,000 1,100 50 100 150 0 1,024 1,024 1,024" in lines
+    assert "4,096 tokens 4,003 4,403 164 204 404 604 19.62 1.98 2.96 1.24" in lines
+    assert "of them reused 0 0 4,095 4,095 4,095 4,095" in lines
     assert lines[-1] == "answers: identical to vLLM without kvtier, token for token"
     plot(result, tmp_path / "vllm.png")
     assert (tmp_path / "vllm.png").read_bytes().startswith(b"\x89PNG")

@@ -62,6 +62,31 @@ def test_work_that_nobody_takes_is_done_by_its_giver(
     test_every_byte_arrives(copier, LARGE)
 
 
+def test_both_halves_of_shared_work_are_done_before_it_returns(copier: Copier) -> None:
+    done: list[str] = []
+    copier.share(lambda: done.append("work"), lambda: done.append("rest"))
+    assert sorted(done) == ["rest", "work"]
+    copier.close()
+    copier.share(lambda: done.append("more"), lambda: done.append("last"))
+    assert done[2:] == ["more", "last"]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_what_a_half_raises_is_raised_once_the_other_is_done(copier: Copier, half: int) -> None:
+    done: list[str] = []
+
+    def fails() -> None:
+        raise OSError("a half failed")
+
+    def works() -> None:
+        done.append("works")
+
+    halves = (fails, works) if half == 0 else (works, fails)
+    with pytest.raises(OSError, match="a half failed"):
+        copier.share(*halves)
+    assert done == ["works"]
+
+
 def test_a_closed_copier_still_copies(copier: Copier) -> None:
     test_every_byte_arrives(copier, LARGE)
     copier.close()

@@ -273,3 +273,27 @@ def test_bytes_are_taken_as_the_dtype_of_the_part() -> None:
     data = bytearray(pages.nbytes)
     HostCopies().gather(pages, memoryview(data), {0: [3, 5]}, None)
     assert bytes(data[:16]) == cache[3, 0, 0].view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "dim", "word"),
+    [
+        ("float32", 128, 64, torch.int64),
+        ("bfloat16", 4, 1, torch.int32),
+        ("float16", 16, 2, torch.int64),
+        ("float8_e4m3fn", 4, 3, torch.int16),
+        ("float64", 3, 1, torch.int64),
+    ],
+)
+def test_blocks_are_moved_as_the_widest_integers(
+    dtype: str, tokens: int, dim: int, word: Any
+) -> None:
+    engine = Engine(Case("LBHNC", dtype, 9, 2, dim, (tokens,), (1,), (0, 0), 2 * tokens), 1)
+    paged, flat = engine.pages.views(engine.pages.new_chunk(), {0: [3, 5]})
+    assert {view.dtype for view in paged + flat} == {word}
+
+
+def test_what_torch_would_give_to_its_threads_is_moved_head_by_head() -> None:
+    engine = Engine(Case("LBHNC", "float32", 9, 3, 64, (256,), (1,), (0,), 256), 1)
+    paged, flat = engine.pages.views(engine.pages.new_chunk(), {0: [3]})
+    assert [view.shape for view in paged] == [view.shape for view in flat] == [(256, 64)] * 3
