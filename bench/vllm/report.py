@@ -41,6 +41,8 @@ _MEANING = {
     "reused_tokens": "prompt tokens not computed, as vLLM reports them, the least of those prompts",
     "other_work": "share of the machine that other processes took, the sidecar among them; with "
     "much of it the times, and what they are to each other, mean little",
+    "plain_read_ms": "reading a plain file as large as the longest prompt's chunks, written when "
+    "they were, once the engine was up: what the medium alone costs",
     "conversations": "the history is asked turn by turn; what vLLM still holds of it, it holds in "
     "every column",
 }
@@ -74,6 +76,7 @@ def summarise(
         "problems": problems(played),
         "meaning": _MEANING,
         "phases": {name: _of_phase(phase) for name, phase in played.phases.items()},
+        "plain_read_ms": _rounded(played.plain_read_ms),
         "left_in_page_cache_bytes": played.left_in_page_cache,
         "prompts": _prompts(ways),
         "connector": connector("unix://…"),

@@ -11,6 +11,7 @@ _PHASES = ("without", "cold", "ram", "disk", "disk_cold")
 
 def tables(result: dict[str, Any]) -> str:
     """Two tables, a line on exactness, one on a busy machine and one for each problem."""
+    plain = result["plain_read_ms"]
     same = "identical to" if result["identical"] else "DIFFERENT from"
     lines = [
         *_aligned(_turns(result)),
@@ -18,6 +19,8 @@ def tables(result: dict[str, Any]) -> str:
         *_aligned(_lengths(result)),
         "",
         f"answers: {same} vLLM without kvtier, token for token",
+        "a plain read of as many bytes as the longest prompt has takes "
+        f"{plain['disk']:,.0f} ms, cold {plain['disk_cold']:,.0f}",
         *_note(result["phases"]),
         *(f"PROBLEM: {problem}" for problem in result["problems"]),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvtier.bench.vllm.ask import Answer
+from kvtier.bench.vllm.control import Control
 from kvtier.bench.vllm.measure import Phase, turn_name
 from kvtier.bench.vllm.phases import Played, forget, settle
 from kvtier.bench.vllm.plot import plot
@@ -73,6 +74,7 @@ def good() -> Played:
             "disk_cold": phase(150, reused=True, promoted=DUE_CHUNKS),
         },
         left_in_page_cache=0,
+        plain_read_ms={"disk": 60.0, "disk_cold": 110.0},
     )
 
 
@@ -223,7 +225,8 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert "conversation 1, turn 2 1,200 tokens 1,000 1,100 50 100 150 0 1,024 1,024 1,024" in lines
     assert "4,096 tokens 4,003 4,403 164 204 404 604 19.62 1.98 2.96 1.24" in lines
     assert "of them reused 0 0 4,095 4,095 4,095 4,095" in lines
-    assert lines[-1] == "answers: identical to vLLM without kvtier, token for token"
+    assert lines[-2] == "answers: identical to vLLM without kvtier, token for token"
+    assert lines[-1].endswith("takes 60 ms, cold 110")
     plot(result, tmp_path / "vllm.png")
     assert (tmp_path / "vllm.png").read_bytes().startswith(b"\x89PNG")
 
@@ -259,3 +262,12 @@ def test_forgotten_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(bytes(1 << 20))
     (tmp_path / "empty").write_bytes(b"")
     assert 0 <= forget(tmp_path) <= 1 << 20
+
+
+def test_the_control_is_read_whole(tmp_path: Path) -> None:
+    control = Control(tmp_path / "plain.bin", 3_000_000)
+    assert (tmp_path / "plain.bin").stat().st_size == 3 << 20
+    written = bytes(control._buffer)
+    control._buffer[:] = bytes(len(written))
+    assert control.read_ms() > 0
+    assert bytes(control._buffer) == written
