@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvtier.kernels.host import as_bytes_array
+from kvtier.kernels.shared_memory import as_bytes_array
 
 # From here on, offering half of a copy to another thread takes less time than it saves.
 SHARED_COPY_BYTES = 4 << 20

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvtier.config import Config, Cpu, Disk
 from kvtier.errors import AlreadyRunning, ConfigError
 from kvtier.kernels.codecs import codec_by_name
-from kvtier.kernels.host import SharedMemory, remove_stale
+from kvtier.kernels.shared_memory import SharedMemory, remove_stale
 from kvtier.metrics import Counters
 from kvtier.service.cache import Cache, Rules
 from kvtier.service.explain import Explainer

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from kvtier.kernels.host import SharedMemory
+from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
 from kvtier.service.history import History, Loss, LossRecord
 from kvtier.tiers.arena import Arena, Slab, Slot, slot_bytes_of

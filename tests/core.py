@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvtier.chunks import ChunkKey, Prefix, chain, pack_tokens
 from kvtier.config import Limits
-from kvtier.kernels.host import SharedMemory
+from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
 from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
 from kvtier.service.cache import Cache, Rules

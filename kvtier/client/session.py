@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvtier.chunks import KEY_BYTES, ChunkKey
 from kvtier.client.transport import Stream, Transport
-from kvtier.kernels.host import SharedMemory
+from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Space
 from kvtier.transfer.paths.shm import HeldTether

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import AlreadyRunning, ConfigError
-from kvtier.kernels.host import SharedMemory, remove_stale
+from kvtier.kernels.shared_memory import SharedMemory, remove_stale
 
 NBYTES = 1 << 20
 
