@@ -24,6 +24,7 @@ _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def as_bytes_array(buffer: memoryview) -> NDArray[np.uint8]:
@@ -90,6 +91,12 @@ class SharedMemory:
             if _libc.madvise(start + done, length, _MADV_POPULATE_WRITE) != 0:
                 self._touch(done, length)
             yield done + length
+
+    def lock(self) -> bool:
+        """Keep the system from paging the memory out; False where this process may not (see
+        RLIMIT_MEMLOCK). Whoever maps the same memory profits."""
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        return bool(_libc.mlock(start, self.nbytes) == 0)
 
     def _touch(self, start: int, length: int) -> None:
         # For kernels before 5.14. A read is enough for tmpfs to give the page, and it changes

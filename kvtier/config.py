@@ -27,6 +27,7 @@ from kvtier.settings import (
     Setting,
     address,
     choice,
+    device_name,
     folder,
     read_bytes,
     seconds,
@@ -117,6 +118,33 @@ class Cpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """The VRAM tier: copies of chunks that engines on the same GPU ask for."""
+
+    # ── What it does ──
+    device: Annotated[
+        str,
+        device_name(
+            'Where the tier is; "" means no VRAM tier. `host` is a simulated device for tests and'
+            " development."
+        ),
+    ] = ""
+    # ── How large and how fast ──
+    capacity: Annotated[
+        int,
+        size("How much of the device's memory the tier takes, at start.", MIB, 4 * TIB),
+    ] = GIB
+    in_flight: Annotated[
+        int,
+        size("How much of what nobody waits for is on the bus at once.", MIB, 4 * GIB),
+    ] = 32 * MIB
+    bus_share_percent: Annotated[
+        int,
+        whole("Share of the time in which the bus may carry what nobody waits for.", 1, 100),
+    ] = 100
+
+
+@dataclass(frozen=True, slots=True)
 class Disk:
     """The LMDB store."""
 
@@ -190,6 +218,7 @@ class Config:
     """All settings of one service. Built by `load`, which checks; the constructor does not."""
 
     server: Server = field(default_factory=Server)
+    gpu: Gpu = field(default_factory=Gpu)
     cpu: Cpu = field(default_factory=Cpu)
     disk: Disk = field(default_factory=Disk)
     retention: Retention = field(default_factory=Retention)
@@ -208,6 +237,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "server": Server,
+    "gpu": Gpu,
     "cpu": Cpu,
     "disk": Disk,
     "retention": Retention,

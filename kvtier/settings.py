@@ -20,6 +20,7 @@ SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-z]*)", re.IGNORECASE)
 SIZE_ALLOWED = "a number of B, KiB, MiB, GiB or TiB"
 MAX_SOCKET_PATH = 107  # bytes; what the kernel's socket address holds
 SOCKET_PATH = re.compile(r"/[^\x00-\x20\x7f%?#]+")  # gRPC reads the target as a URI
+DEVICE = re.compile(r"host|cuda:[0-9]{1,3}")
 MAX_SHOWN = 80
 
 Number = TypeVar("Number", int, float)
@@ -76,6 +77,18 @@ def choice(doc: str, values: Sequence[str]) -> Setting:
         return str(raw)
 
     return Setting(doc, " or ".join(toml_string(value) for value in values), parse, toml_string)
+
+
+def device_name(doc: str) -> Setting:
+    """A device by its name; "" stands for none."""
+
+    def parse(raw: object) -> str:
+        text = _text(raw)
+        if text and not DEVICE.fullmatch(text):
+            raise ValueError
+        return text
+
+    return Setting(doc, '"cuda:N" with the number of a GPU, "host" or ""', parse, toml_string)
 
 
 def folder(doc: str, *, optional: bool = False) -> Setting:

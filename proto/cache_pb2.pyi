@@ -57,6 +57,8 @@ class _DataPathEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """both sides map the service's arena file; same host"""
     DATA_PATH_INLINE: _DataPath.ValueType  # 2
     """bytes inside gRPC messages; any host"""
+    DATA_PATH_CUDA_IPC: _DataPath.ValueType  # 3
+    """As shm, and loads of chunks that are in VRAM are answered there; same host, same device."""
 
 class DataPath(_DataPath, metaclass=_DataPathEnumTypeWrapper):
     """How payload bytes travel."""
@@ -66,6 +68,8 @@ DATA_PATH_SHM: DataPath.ValueType  # 1
 """both sides map the service's arena file; same host"""
 DATA_PATH_INLINE: DataPath.ValueType  # 2
 """bytes inside gRPC messages; any host"""
+DATA_PATH_CUDA_IPC: DataPath.ValueType  # 3
+"""As shm, and loads of chunks that are in VRAM are answered there; same host, same device."""
 global___DataPath = DataPath
 
 class _EndReason:
@@ -190,6 +194,7 @@ class _KeyStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     KEY_STATE_EXPIRED: _KeyState.ValueType  # 7
     KEY_STATE_OTHER_SPACE: _KeyState.ValueType  # 8
     """`fields` says what differs"""
+    KEY_STATE_VRAM: _KeyState.ValueType  # 9
 
 class KeyState(_KeyState, metaclass=_KeyStateEnumTypeWrapper): ...
 
@@ -203,6 +208,7 @@ KEY_STATE_CORRUPT: KeyState.ValueType  # 6
 KEY_STATE_EXPIRED: KeyState.ValueType  # 7
 KEY_STATE_OTHER_SPACE: KeyState.ValueType  # 8
 """`fields` says what differs"""
+KEY_STATE_VRAM: KeyState.ValueType  # 9
 global___KeyState = KeyState
 
 @typing.final
@@ -357,6 +363,7 @@ class SessionOpened(google.protobuf.message.Message):
     MAX_KEYS_FIELD_NUMBER: builtins.int
     MAX_WRITE_LEASE_BYTES_FIELD_NUMBER: builtins.int
     SERVER_VERSION_FIELD_NUMBER: builtins.int
+    VRAM_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """16 bytes; sent with every request"""
     space_digest: builtins.bytes
@@ -370,7 +377,11 @@ class SessionOpened(google.protobuf.message.Message):
     server_version: builtins.str
     @property
     def arena(self) -> global___ShmArena:
-        """path shm only"""
+        """paths shm and cuda_ipc"""
+
+    @property
+    def vram(self) -> global___VramArena:
+        """path cuda_ipc"""
 
     def __init__(
         self,
@@ -383,9 +394,10 @@ class SessionOpened(google.protobuf.message.Message):
         max_keys: builtins.int = ...,
         max_write_lease_bytes: builtins.int = ...,
         server_version: builtins.str = ...,
+        vram: global___VramArena | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["arena", b"arena"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arena", b"arena", "chunk_bytes", b"chunk_bytes", "max_keys", b"max_keys", "max_write_lease_bytes", b"max_write_lease_bytes", "path", b"path", "server_version", b"server_version", "session_id", b"session_id", "space_digest", b"space_digest"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["arena", b"arena", "vram", b"vram"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["arena", b"arena", "chunk_bytes", b"chunk_bytes", "max_keys", b"max_keys", "max_write_lease_bytes", b"max_write_lease_bytes", "path", b"path", "server_version", b"server_version", "session_id", b"session_id", "space_digest", b"space_digest", "vram", b"vram"]) -> None: ...
 
 global___SessionOpened = SessionOpened
 
@@ -414,6 +426,29 @@ class ShmArena(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["nbytes", b"nbytes", "path", b"path", "tether_path", b"tether_path"]) -> None: ...
 
 global___ShmArena = ShmArena
+
+@typing.final
+class VramArena(google.protobuf.message.Message):
+    """The VRAM tier's one allocation. The client opens it before it touches a slot and closes it before it
+    lets go of the tether.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    handle: builtins.bytes
+    """64 bytes: a CUDA IPC memory handle"""
+    nbytes: builtins.int
+    def __init__(
+        self,
+        *,
+        handle: builtins.bytes = ...,
+        nbytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "nbytes", b"nbytes"]) -> None: ...
+
+global___VramArena = VramArena
 
 @typing.final
 class SessionClosing(google.protobuf.message.Message):
@@ -459,7 +494,7 @@ class LookupResponse(google.protobuf.message.Message):
     held: builtins.int
     """leading chunks that a tier holds"""
     in_ram: builtins.int
-    """leading chunks that are in RAM"""
+    """leading chunks that are in RAM or VRAM"""
     def __init__(
         self,
         *,
@@ -478,12 +513,15 @@ class LoadRequest(google.protobuf.message.Message):
     LEASE_ID_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
+    IN_VRAM_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     lease_id: builtins.int
     """chosen by the client, unique in its session while the lease lives"""
     keys: builtins.bytes
     deadline_ms: builtins.int
     """the stream ends by itself at the deadline with what has landed; 0: none"""
+    in_vram: builtins.bool
+    """path cuda_ipc: chunks may be answered in VRAM"""
     def __init__(
         self,
         *,
@@ -491,8 +529,9 @@ class LoadRequest(google.protobuf.message.Message):
         lease_id: builtins.int = ...,
         keys: builtins.bytes = ...,
         deadline_ms: builtins.int = ...,
+        in_vram: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "keys", b"keys", "lease_id", b"lease_id", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "in_vram", b"in_vram", "keys", b"keys", "lease_id", b"lease_id", "session_id", b"session_id"]) -> None: ...
 
 global___LoadRequest = LoadRequest
 
@@ -525,16 +564,20 @@ class LoadedChunk(google.protobuf.message.Message):
 
     INDEX_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    IN_VRAM_FIELD_NUMBER: builtins.int
     index: builtins.int
     offset: builtins.int
     """of chunk_bytes bytes in the arena"""
+    in_vram: builtins.bool
+    """path cuda_ipc: the arena is the one in VRAM"""
     def __init__(
         self,
         *,
         index: builtins.int = ...,
         offset: builtins.int = ...,
+        in_vram: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["index", b"index", "offset", b"offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["in_vram", b"in_vram", "index", b"index", "offset", b"offset"]) -> None: ...
 
 global___LoadedChunk = LoadedChunk
 
@@ -687,7 +730,7 @@ class ReservedChunk(google.protobuf.message.Message):
     OFFSET_FIELD_NUMBER: builtins.int
     status: global___ReserveStatus.ValueType
     offset: builtins.int
-    """path shm and WRITE only: of chunk_bytes bytes in the arena"""
+    """WRITE, not on path inline: of chunk_bytes bytes in the arena (of RAM)"""
     def __init__(
         self,
         *,
@@ -957,7 +1000,7 @@ class TierStats(google.protobuf.message.Message):
     USED_BYTES_FIELD_NUMBER: builtins.int
     CHUNKS_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """"cpu", "disk" """
+    """"gpu", "cpu", "disk" """
     capacity_bytes: builtins.int
     used_bytes: builtins.int
     chunks: builtins.int

@@ -120,7 +120,7 @@ class CacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Path shm. Leases the longest leading run that is held and streams where each chunk lies, in
+        """Paths shm and cuda_ipc. Leases the longest leading run that is held and streams where each chunk lies, in
         prompt order, as it lands in the arena. The stream ends with `end`. The slots stay valid until
         Release(lease_id) or the session's end, also when this call is cancelled or times out.
         """
@@ -150,7 +150,7 @@ class CacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Path shm. Makes written chunks readable and ends the write lease; chunks of the lease that are not
+        """Paths shm and cuda_ipc. Makes written chunks readable and ends the write lease; chunks of the lease that are not
         named are discarded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -64,7 +64,7 @@ class CacheStub:
         kvtier.proto.cache_pb2.LoadRequest,
         kvtier.proto.cache_pb2.LoadResponse,
     ]
-    """Path shm. Leases the longest leading run that is held and streams where each chunk lies, in
+    """Paths shm and cuda_ipc. Leases the longest leading run that is held and streams where each chunk lies, in
     prompt order, as it lands in the arena. The stream ends with `end`. The slots stay valid until
     Release(lease_id) or the session's end, also when this call is cancelled or times out.
     """
@@ -91,7 +91,7 @@ class CacheStub:
         kvtier.proto.cache_pb2.CommitRequest,
         kvtier.proto.cache_pb2.CommitResponse,
     ]
-    """Path shm. Makes written chunks readable and ends the write lease; chunks of the lease that are not
+    """Paths shm and cuda_ipc. Makes written chunks readable and ends the write lease; chunks of the lease that are not
     named are discarded.
     """
 
@@ -152,7 +152,7 @@ class CacheAsyncStub:
         kvtier.proto.cache_pb2.LoadRequest,
         kvtier.proto.cache_pb2.LoadResponse,
     ]
-    """Path shm. Leases the longest leading run that is held and streams where each chunk lies, in
+    """Paths shm and cuda_ipc. Leases the longest leading run that is held and streams where each chunk lies, in
     prompt order, as it lands in the arena. The stream ends with `end`. The slots stay valid until
     Release(lease_id) or the session's end, also when this call is cancelled or times out.
     """
@@ -179,7 +179,7 @@ class CacheAsyncStub:
         kvtier.proto.cache_pb2.CommitRequest,
         kvtier.proto.cache_pb2.CommitResponse,
     ]
-    """Path shm. Makes written chunks readable and ends the write lease; chunks of the lease that are not
+    """Paths shm and cuda_ipc. Makes written chunks readable and ends the write lease; chunks of the lease that are not
     named are discarded.
     """
 
@@ -246,7 +246,7 @@ class CacheServicer(metaclass=abc.ABCMeta):
         request: kvtier.proto.cache_pb2.LoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvtier.proto.cache_pb2.LoadResponse], collections.abc.AsyncIterator[kvtier.proto.cache_pb2.LoadResponse]]:
-        """Path shm. Leases the longest leading run that is held and streams where each chunk lies, in
+        """Paths shm and cuda_ipc. Leases the longest leading run that is held and streams where each chunk lies, in
         prompt order, as it lands in the arena. The stream ends with `end`. The slots stay valid until
         Release(lease_id) or the session's end, also when this call is cancelled or times out.
         """
@@ -281,7 +281,7 @@ class CacheServicer(metaclass=abc.ABCMeta):
         request: kvtier.proto.cache_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvtier.proto.cache_pb2.CommitResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.CommitResponse]]:
-        """Path shm. Makes written chunks readable and ends the write lease; chunks of the lease that are not
+        """Paths shm and cuda_ipc. Makes written chunks readable and ends the write lease; chunks of the lease that are not
         named are discarded.
         """
 

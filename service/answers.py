@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvtier.tiers.arena import Slot
+from kvtier.tiers.index import Replica
 
 
 class LoadStop(Enum):
@@ -49,13 +50,14 @@ class KeyState(Enum):
     CORRUPT = 6
     EXPIRED = 7
     OTHER_SPACE = 8
+    VRAM = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """Chunks of a load that are readable now, as (index in the request, slot)."""
+    """Chunks of a load that are readable now, as (index in the request, replica in an arena)."""
 
-    chunks: list[tuple[int, Slot]]
+    chunks: list[tuple[int, Replica]]
 
 
 @dataclass(frozen=True, slots=True)

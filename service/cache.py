@@ -23,11 +23,14 @@ from kvtier.service.leases import Lease, Mode
 from kvtier.service.loading import Loading
 from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotions
+from kvtier.service.raising import Raisings
 from kvtier.service.sessions import Session, Sessions
 from kvtier.spaces import Space
 from kvtier.tiers.arena import slot_bytes_of
 from kvtier.tiers.index import Branch, Node, Replica, TierId
 from kvtier.transfer.mover import Priority
+
+_IN_MEMORY = (TierId.GPU, TierId.CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +47,16 @@ class Cache:
     def __init__(
         self,
         placement: Placement,
-        promotions: Promotions | None,
+        promotions: Promotions,
         sessions: Sessions,
         rules: Rules,
+        raisings: Raisings | None = None,
     ) -> None:
         self.placement = placement
         self.sessions = sessions
         self.rules = rules
         self._promotions = promotions
+        self._raisings = raisings
         self._counters = placement.counters
         self._index = placement.index
         self._stopping = False
@@ -64,8 +69,10 @@ class Cache:
         share = self.rules.limits.session_lease_percent
         return self.placement.memory.arena.nbytes * share // 100
 
-    def open_session(self, client: str, space: Space, *, tethered: bool) -> Session:
-        """Connect a client to a space.
+    def open_session(
+        self, client: str, space: Space, *, tethered: bool, in_vram: bool = False
+    ) -> Session:
+        """Connect a client to a space; `in_vram` when it also reaches the VRAM tier.
 
         Raises InvalidRequest when the space's chunks cannot fit in the arena, LimitReached when
         there are too many spaces or sessions.
@@ -81,7 +88,7 @@ class Cache:
         if self._index.known(space.digest) is None:
             self._make_room_for_a_space()
         branch = self._index.branch(space)
-        session = self.sessions.open(client, branch, tethered=tethered)
+        session = self.sessions.open(client, branch, tethered=tethered, in_vram=in_vram)
         self._counters.sessions_opened += 1
         return session
 
@@ -108,9 +115,10 @@ class Cache:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     def lookup(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
-        """How many leading chunks are held, and how many of them are in RAM. Moves nothing."""
+        """How many leading chunks are held, and how many of them are in RAM or VRAM. Moves
+        nothing."""
         run = self._match(session.branch, keys)
-        in_ram = self._index.leading(run, TierId.CPU)
+        in_ram = self._index.leading(run, _IN_MEMORY)
         self._counters.lookups += 1
         self._counters.lookup_chunks += len(keys)
         self._counters.lookup_hits += len(run)
@@ -126,8 +134,11 @@ class Cache:
         lease: Lease,
         keys: Sequence[ChunkKey],
         deadline_s: float | None,
+        *,
+        in_vram: bool = False,
     ) -> "tuple[AsyncIterator[Landed], Loading]":
-        """Bring the longest held run under a read lease.
+        """Bring the longest held run under a read lease; with `in_vram`, for a session that reaches
+        it, chunks that are in VRAM are answered there.
 
         The chunks come from the iterator, which the caller must start at once; why it stopped
         stands in `stop` of the second value afterwards.
@@ -136,7 +147,8 @@ class Cache:
         self._counters.loads += 1
         self._counters.load_chunks += len(keys)
         self.placement.hit(run)
-        loading = Loading(self.placement, self._promotions, session.leases, lease)
+        raisings = self._raisings if in_vram and session.in_vram else None
+        loading = Loading(self.placement, self._promotions, raisings, session.leases, lease)
         if len(run) < len(keys):
             loading.stop = LoadStop.MISS
         return loading.chunks(run, deadline_s), loading
@@ -145,9 +157,9 @@ class Cache:
         """Start promoting the leading run; returns (already in RAM, on their way)."""
         in_ram = promoting = 0
         for node in self._match(session.branch, keys):
-            if node.ready(TierId.CPU):
+            if self._index.leading([node], _IN_MEMORY):
                 in_ram += 1
-            elif self._promotions is None or not node.ready(TierId.DISK):
+            elif not node.ready(TierId.DISK):
                 break  # evicted just now, to make room for those before it
             elif not self._promotions.join(node, Priority.PREFETCH):
                 break
@@ -229,7 +241,8 @@ class Cache:
         if kept is not None:
             self._index.pin(kept)  # the room must not be its own parent's
         try:
-            return self.placement.begin_in_ram(
+            return self.placement.begin_in(
+                TierId.CPU,
                 branch.space.layout.nbytes,
                 lambda slot: self._index.begin(branch, key, parent, created_s, TierId.CPU, slot),
             )
@@ -287,6 +300,9 @@ class Cache:
         """What each tier holds."""
         arena, store = self.placement.memory.arena, self.placement.store
         used = [TierUse("cpu", arena.nbytes, arena.used_bytes, self._index.chunks[TierId.CPU])]
+        if self.placement.vram is not None:
+            arena, chunks = self.placement.vram.arena, self._index.chunks[TierId.GPU]
+            used.insert(0, TierUse("gpu", arena.nbytes, arena.used_bytes, chunks))
         if store is not None:
             chunks = self._index.chunks[TierId.DISK]
             used.append(TierUse("disk", store.capacity_bytes, store.used_bytes, chunks))

@@ -41,6 +41,8 @@ class Explainer:
             return None
         if node.ready(TierId.CPU):
             return Explanation(KeyState.RAM, "held in RAM")
+        if node.ready(TierId.GPU):
+            return Explanation(KeyState.VRAM, "held in VRAM")
         if node.ready(TierId.DISK):
             return Explanation(KeyState.DISK, "held on disk")
         if node.replicas[TierId.CPU]:

@@ -9,8 +9,9 @@ from kvtier.service.answers import Landed, LoadStop
 from kvtier.service.leases import Lease, Leases
 from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotion, Promotions
+from kvtier.service.raising import Raisings
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Node, TierId
+from kvtier.tiers.index import Node, Replica, TierId
 from kvtier.transfer.mover import Priority
 
 _STOPS = {
@@ -21,14 +22,21 @@ _STOPS = {
 
 
 class Loading:
-    """A load under way. What is in RAM is leased at once and what is on disk is pinned by its
-    promotion, so that nothing of the run can be evicted while it is brought."""
+    """A load under way. What is in an arena that the client reaches is leased at once and what is
+    elsewhere is pinned by its promotion, so that nothing of the run can be evicted while it is
+    brought. With `raisings` the client reaches VRAM, and what it found in RAM is raised."""
 
     def __init__(
-        self, placement: Placement, promotions: Promotions | None, leases: Leases, lease: Lease
+        self,
+        placement: Placement,
+        promotions: Promotions,
+        raisings: Raisings | None,
+        leases: Leases,
+        lease: Lease,
     ) -> None:
         self._placement = placement
         self._promotions = promotions
+        self._raisings = raisings
         self._leases = leases
         self._lease = lease
         self._awaited: dict[int, Promotion] = {}
@@ -51,22 +59,21 @@ class Loading:
                     yield landed
                 elif not await self._await_landing(done, until):
                     return
+            if self._raisings is not None:
+                self._raisings.raise_up(run)
         finally:
-            if self._promotions is not None:
-                for promotion in self._awaited.values():
-                    self._promotions.leave(promotion)
+            for promotion in self._awaited.values():
+                self._promotions.leave(promotion)
 
     def _begin(self, run: list[Node]) -> int:
-        """Lease what is in RAM, start the rest; returns how many chunks there is room for."""
+        """Lease what can be reached, start the rest; returns how many chunks there is room for."""
         for index, node in enumerate(run):
-            replica = node.ready(TierId.CPU)
+            replica = self._reachable(node)
             if replica is not None:
                 self._leases.add_read(self._lease, index, replica)
-                self._placement.counters.load_ram_hits += 1
         for index, node in enumerate(run):
             if index in self._lease.replicas:
                 continue
-            assert self._promotions is not None, "a chunk on disk without a disk tier"
             promotion = self._promotions.join(node, Priority.DEMAND)
             if promotion is None:
                 self.stop = LoadStop.NO_ROOM
@@ -75,18 +82,32 @@ class Loading:
             promotion.outcome.add_done_callback(partial(self._land, index, promotion))
         return len(run)
 
+    def _reachable(self, node: Node) -> Replica | None:
+        counters = self._placement.counters
+        replica = node.ready(TierId.GPU) if self._raisings is not None else None
+        if replica is not None:
+            counters.load_vram_hits += 1
+            return replica
+        replica = node.ready(TierId.CPU)
+        if replica is not None:
+            counters.load_ram_hits += 1
+        return replica
+
     def _land(self, index: int, promotion: Promotion, outcome: "asyncio.Future[Outcome]") -> None:
         # Runs right after the promotion's own commit, before anything could evict the chunk.
         replica = promotion.target.node.ready(TierId.CPU)
         if outcome.result() is Outcome.HIT and replica is not None and not self._lease.ended:
             self._leases.add_read(self._lease, index, replica)
-            self._placement.counters.load_disk_hits += 1
+            if promotion.source.tier is TierId.DISK:
+                self._placement.counters.load_disk_hits += 1
+            else:
+                self._placement.counters.load_vram_hits += 1
 
     def _landed_from(self, start: int) -> Landed:
         chunks = []
         index = start
         while not self._lease.ended and (replica := self._lease.replicas.get(index)) is not None:
-            chunks.append((index, replica.slot))
+            chunks.append((index, replica))
             index += 1
         return Landed(chunks)
 

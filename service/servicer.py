@@ -18,6 +18,7 @@ from kvtier.service.convert import client_of, deadline_of, keys_of, parent_of, s
 from kvtier.service.explain import Explainer
 from kvtier.service.leases import Lease
 from kvtier.service.sessions import Session
+from kvtier.tiers.index import TierId
 from kvtier.transfer.paths import inline
 from kvtier.version import __version__
 
@@ -44,13 +45,16 @@ class Servicer(CacheServicer):
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
     ) -> AsyncIterator[pb.SessionEvent]:
-        path = next((path for path in request.paths if path in _PATHS), None)
+        vram = self._cache.placement.vram
+        usable = _PATHS if vram is None else (*_PATHS, pb.DATA_PATH_CUDA_IPC)
+        path = next((path for path in request.paths if path in usable), None)
         if path is None:
-            raise InvalidRequest("paths: none known; offer DATA_PATH_SHM or DATA_PATH_INLINE")
+            raise InvalidRequest("paths: none usable; offer DATA_PATH_SHM or DATA_PATH_INLINE")
         session = self._cache.open_session(
             client_of(request.client),
             space_of(request.space),
-            tethered=path == pb.DATA_PATH_SHM,
+            tethered=path != pb.DATA_PATH_INLINE,
+            in_vram=path == pb.DATA_PATH_CUDA_IPC,
         )
         try:
             yield pb.SessionEvent(opened=self._opened(session, path))
@@ -60,7 +64,7 @@ class Servicer(CacheServicer):
             self._cache.end_session(session)
 
     def _opened(self, session: Session, path: "pb.DataPath.ValueType") -> pb.SessionOpened:
-        region = self._cache.placement.memory.region
+        region, vram = self._cache.placement.memory.region, self._cache.placement.vram
         arena = None
         if session.tether is not None:
             arena = pb.ShmArena(
@@ -75,6 +79,11 @@ class Servicer(CacheServicer):
             max_keys=self._cache.rules.limits.keys_per_request,
             max_write_lease_bytes=self._cache.write_lease_limit,
             server_version=__version__,
+            vram=(
+                pb.VramArena(handle=vram.handle, nbytes=vram.region.nbytes)
+                if vram is not None and session.in_vram
+                else None
+            ),
         )
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
@@ -90,13 +99,20 @@ class Servicer(CacheServicer):
         session, keys = self._session_and_keys(request.session_id, request.keys)
         lease = self._cache.open_read(session, request.lease_id)
         deadline_s = deadline_of(request.deadline_ms)
-        chunks, loading = self._cache.load(session, lease, keys, deadline_s)
+        chunks, loading = self._cache.load(
+            session, lease, keys, deadline_s, in_vram=request.in_vram
+        )
         brought = 0
         async for landed in chunks:
             brought += len(landed.chunks)
             yield pb.LoadResponse(
                 chunks=[
-                    pb.LoadedChunk(index=index, offset=slot.offset) for index, slot in landed.chunks
+                    pb.LoadedChunk(
+                        index=index,
+                        offset=replica.slot.offset,
+                        in_vram=replica.tier is TierId.GPU,
+                    )
+                    for index, replica in landed.chunks
                 ]
             )
         yield pb.LoadResponse(end=_end(loading.stop, brought))
@@ -112,8 +128,8 @@ class Servicer(CacheServicer):
             chunks, loading = self._cache.load(session, lease, keys, deadline_s)
             brought = 0
             async for landed in chunks:
-                for index, slot in landed.chunks:
-                    for piece in _pieces(lease, index, view(slot)):
+                for index, replica in landed.chunks:
+                    for piece in _pieces(lease, index, view(replica.slot)):
                         yield piece
                     brought += 1
             yield pb.GetResponse(end=_end(loading.stop, brought))

@@ -18,7 +18,8 @@ _TETHER_WATCH_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One client's connection to one space. `tether` is None on the inline path."""
+    """One client's connection to one space. `tether` is None on the inline path; `in_vram`: it also
+    reaches the VRAM tier."""
 
     id: bytes
     client: str
@@ -26,6 +27,7 @@ class Session:
     leases: Leases
     tether: Tether | None
     closing: asyncio.Event
+    in_vram: bool = False
 
 
 class Sessions:
@@ -54,7 +56,9 @@ class Sessions:
         everyone = (*self._sessions.values(), *self._lingering.values())
         return sum(len(session.leases) for session in everyone)
 
-    def open(self, client: str, branch: Branch, *, tethered: bool) -> Session:
+    def open(
+        self, client: str, branch: Branch, *, tethered: bool, in_vram: bool = False
+    ) -> Session:
         """A new session; `tethered` when the client will map the arena.
 
         Raises LimitReached when limits.sessions are open.
@@ -68,7 +72,7 @@ class Sessions:
             if self._watcher is None or self._watcher.done():
                 self._watcher = asyncio.create_task(self._watch(), name="kvtier-tethers")
         leases = Leases(self._index)
-        session = Session(session_id, client, branch, leases, tether, asyncio.Event())
+        session = Session(session_id, client, branch, leases, tether, asyncio.Event(), in_vram)
         self._sessions[session_id] = session
         return session
 

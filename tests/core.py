@@ -1,6 +1,7 @@
 """A cache without a wire, over a fake store, for tests of decisions."""
 
 import itertools
+import mmap
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from kvtier.chunks import ChunkKey, Prefix, chain, pack_tokens
 from kvtier.config import Limits
+from kvtier.kernels.device import Device, Urgency
 from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
 from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
@@ -16,11 +18,14 @@ from kvtier.service.history import History
 from kvtier.service.leases import Lease
 from kvtier.service.placement import Memory, Placement
 from kvtier.service.promotion import Promotions
+from kvtier.service.raising import Raisings
 from kvtier.service.sessions import Session, Sessions
+from kvtier.service.vram import Vram
 from kvtier.service.write_behind import WriteBehind
 from kvtier.spaces import Layout, Space
-from kvtier.tiers.index import TierId
-from kvtier.transfer.mover import Mover
+from kvtier.tiers.index import Replica, TierId
+from kvtier.transfer.bus import Bus, Pacing
+from kvtier.transfer.mover import Mover, Priority
 from tests.fakes import MemoryStore
 
 CHUNK_TOKENS = 4
@@ -43,10 +48,38 @@ class Harness:
     write_behind: WriteBehind
     promotions: Promotions
     clock_s: list[float]
+    raisings: Raisings | None = None
     _lease_ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
-    def session(self, of: Space | None = None) -> Session:
-        return self.cache.open_session("test", of or space(), tethered=False)
+    def session(self, of: Space | None = None, *, in_vram: bool = False) -> Session:
+        return self.cache.open_session("test", of or space(), tethered=False, in_vram=in_vram)
+
+    def bytes_of(self, replica: Replica) -> bytes:
+        """What an arena holds of a replica now."""
+        if replica.tier is TierId.CPU:
+            return bytes(self.placement.memory.view(replica.slot))
+        assert self.vram is not None
+        return self.read_vram(replica)
+
+    def raisings_idle(self) -> bool:
+        """Whether nothing is on its way up."""
+        return self.raisings is None or self.raisings.under_way_bytes == 0
+
+    @property
+    def vram(self) -> Vram | None:
+        return self.placement.vram
+
+    def read_vram(self, replica: Replica) -> bytes:
+        """A replica's bytes, copied out of the device."""
+        vram = self.placement.vram
+        assert vram is not None
+        memory = memoryview(mmap.mmap(-1, SLOT_BYTES))
+        region = vram.device.register(memory)
+        stream = vram.device.stream(Urgency.LOADS)
+        vram.device.copy(stream, [(region.span(0, SLOT_BYTES), vram.span(replica.slot))])
+        stream.synchronize()
+        vram.device.release(region)
+        return bytes(memory)
 
     def prefix(self, session: Session, tokens: Sequence[int]) -> Prefix:
         return chain(session.branch.digest, pack_tokens(tokens), CHUNK_TOKENS)
@@ -76,12 +109,14 @@ class Harness:
     ) -> tuple[int, LoadStop, Lease]:
         """Load, check every byte; returns how many chunks came and why no more."""
         lease = self.cache.open_read(session, next(self._lease_ids))
-        chunks, loading = self.cache.load(session, lease, prefix.keys, deadline_s)
+        chunks, loading = self.cache.load(
+            session, lease, prefix.keys, deadline_s, in_vram=session.in_vram
+        )
         came = 0
         async for landed in chunks:
-            for index, slot in landed.chunks:
+            for index, replica in landed.chunks:
                 assert index == came
-                assert bytes(self.placement.memory.view(slot)) == content(prefix.keys[index])
+                assert self.bytes_of(replica) == content(prefix.keys[index])
                 came += 1
         return came, loading.stop, lease
 
@@ -106,27 +141,38 @@ async def harness(
     ttl_s: float = 0.0,
     limits: Limits | None = None,
     session_lease_percent: int = 100,
+    device: Device | None = None,
+    vram_slots: int = 16,
 ) -> AsyncIterator[Harness]:
-    """A running cache with room for so many chunks in RAM."""
+    """A running cache with room for so many chunks in RAM and, with a device, in VRAM."""
     store = store or MemoryStore()
     limits = limits or Limits(session_lease_percent=session_lease_percent)
     clock_s = [1000.0]
     counters, history = Counters(), History(limits.history)
     memory = Memory(SharedMemory.create(directory / "test.arena", slots * SLOT_BYTES))
-    placement = Placement(memory, store, history, counters, lambda: clock_s[0])
+    vram = None
+    if device is not None:
+        region = device.allocate(vram_slots * SLOT_BYTES)
+        vram = Vram(device, region, device.register(memory.region.view), Bus(device, Pacing()))
+        vram.bus.start()
+    placement = Placement(memory, store, history, counters, lambda: clock_s[0], vram)
     mover = Mover(store, loads_in_flight=2).start()
     promotions = Promotions(placement, mover)
+    placement.on_lonely = lambda node: promotions.join(node, Priority.PREFETCH)
+    raisings = Raisings(placement, vram) if vram is not None else None
     write_behind = WriteBehind(placement, mover, 1 << 20, 0.001)
     placement.on_commit = write_behind.add
     write_behind.start()
     sessions = Sessions(placement.index, limits.sessions, memory.region.path, counters.add_aborted)
-    cache = Cache(placement, promotions, sessions, Rules(ttl_s, limits))
+    cache = Cache(placement, promotions, sessions, Rules(ttl_s, limits), raisings)
     try:
-        yield Harness(cache, placement, store, write_behind, promotions, clock_s)
+        yield Harness(cache, placement, store, write_behind, promotions, clock_s, raisings)
         placement.index.check()
     finally:
         store.gate.set()
         await sessions.close()
         await write_behind.close()
         await mover.close()
+        if vram is not None:
+            await vram.close()
         memory.region.close(unlink=True)

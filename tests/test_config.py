@@ -15,6 +15,7 @@ from kvtier.config import (
     Config,
     Cpu,
     Disk,
+    Gpu,
     Limits,
     Retention,
     Server,
@@ -141,7 +142,10 @@ def test_errors_name_source_key_value_and_what_is_allowed() -> None:
             "[cpu]\ncapasity = 1",
             "unknown key 'cpu.capasity'; allowed in [cpu]: directory, capacity",
         ),
-        ("[gpu]\n", "unknown section 'gpu'; allowed: server, cpu"),
+        ("[tpu]\n", "unknown section 'tpu'; allowed: server, gpu, cpu"),
+        ("[gpu]\ndevice = 'cuda'", "gpu.device"),
+        ("[gpu]\ndevice = 'cuda:-1'", "gpu.device"),
+        ("[gpu]\nbus_share_percent = 0", "out of range"),
         ("capacity = 1", "'capacity' stands outside a section"),
         ("[cpu\n", "not valid TOML"),
         ("[cpu]\ncapacity = " + "9" * 5000, "not valid TOML"),
@@ -312,6 +316,13 @@ configs = st.builds(
             lambda name: f"unix:///{name}"
         ),
         shutdown_flush_s=st.floats(0, 3600),
+    ),
+    gpu=st.builds(
+        Gpu,
+        device=st.sampled_from(["", "host", "cuda:0", "cuda:15"]),
+        capacity=st.integers(MIB, 4 * 2**40),
+        in_flight=st.integers(MIB, 4 * GIB),
+        bus_share_percent=st.integers(1, 100),
     ),
     cpu=st.builds(Cpu, directory=paths, capacity=st.integers(16 * MIB, 64 * 2**40)),
     disk=st.builds(

@@ -1,22 +1,27 @@
 """Reading one chunk from the data file, each byte checked before it is believed.
 
 LMDB says which chunks exist, and keeps their pages from being reused while a read transaction is
-open. The bytes themselves are read from the file at the place the metadata remembers, straight to
-where they belong: a mapped value would be faulted in page by page, would swell the process, and
-would be SIGBUS where the medium fails. The place is a hint: when the bytes there do not match the
-checksum, LMDB is asked for the value.
+open. The bytes themselves are read from the file at the place the metadata remembers: a mapped
+value would be faulted in page by page, would swell the process, and would be SIGBUS where the
+medium fails. What is in the page cache is copied from there, the rest is read past it (O_DIRECT):
+filling the cache takes several times the processor time, which engines beside us need, and the RAM
+tier is the cache. The place is a hint: when the bytes there do not match the checksum, LMDB is
+asked for the value.
 """
 
 import logging
+import mmap
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lmdb
 from xxhash import xxh3_64_intdigest as checksum_of
 
 from kvtier.kernels.codecs import Codec, CodecError
+from kvtier.kernels.page_cache import Residency
 from kvtier.tiers.base import Outcome, Record
 from kvtier.tiers.disk_file import BytesTransaction, DataFile
 from kvtier.tiers.disk_format import (
@@ -72,12 +77,17 @@ class ChunkReader:
         self._codecs = codecs
         self._readers = readers
         self._fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._direct = _open_direct(file.path)
+        self._residency = Residency(self._fd)
         self._bytes = os.fstat(self._fd).st_size
         self._scratch = threading.local()
 
     def close(self) -> None:
         """Close the file; no load may be under way."""
+        self._residency.close()
         os.close(self._fd)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def load(self, record: Record, into: memoryview) -> Outcome:
         """Fill `into` with the chunk. `into` is undefined unless the outcome is HIT."""
@@ -170,7 +180,7 @@ class ChunkReader:
     ) -> None:
         offset = extent.page * PAGE_BYTES + PAGE_HEADER_BYTES
         if extent.page != NO_PAGE and offset < self._bytes:
-            got = os.preadv(self._fd, [target], offset)
+            got = self._read(target, offset)
             if got == extent.nbytes and checksum_of(target) == extent.checksum:
                 return
         value = txn.get(extent_key(chunk_id, number), db=self._file.data)
@@ -179,3 +189,30 @@ class ChunkReader:
         target[:] = value
         if checksum_of(target) != extent.checksum:
             raise DamagedRecord(f"the checksum of extent {number} is wrong")
+
+    def _read(self, target: memoryview, offset: int) -> int:
+        """Fill `target` from the file; how many bytes there were."""
+        if self._direct is None or self._residency.cached(offset, target.nbytes):
+            return os.preadv(self._fd, [target], offset)
+        start = offset // PAGE_BYTES * PAGE_BYTES
+        skipped = offset - start
+        pages = self._pages()[: -(-(skipped + target.nbytes) // PAGE_BYTES) * PAGE_BYTES]
+        came = os.preadv(self._direct, [pages], start)
+        part = pages[skipped : min(came, skipped + target.nbytes)]
+        target[: part.nbytes] = part
+        return part.nbytes
+
+    def _pages(self) -> memoryview:
+        """This thread's own page-aligned memory, for an extent and the page before it."""
+        pages: memoryview | None = getattr(self._scratch, "pages", None)
+        if pages is None:
+            pages = self._scratch.pages = memoryview(mmap.mmap(-1, EXTENT_BYTES + 2 * PAGE_BYTES))
+        return pages
+
+
+def _open_direct(path: Path) -> int | None:
+    """The file, to be read past the page cache; None where the file system does not have that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None

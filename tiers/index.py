@@ -23,8 +23,9 @@ from kvtier.tiers.base import Policy, Record
 class TierId(IntEnum):
     """The tiers, fastest first; the value is the position in `Node.replicas`."""
 
-    CPU = 0
-    DISK = 1
+    GPU = 0
+    CPU = 1
+    DISK = 2
 
 
 class State(Enum):
@@ -179,12 +180,11 @@ class Index:
             run.append(node)
         return run
 
-    def leading(self, run: Sequence[Node], tier: TierId) -> int:
-        """How many leading chunks of a run a tier can serve."""
+    def leading(self, run: Sequence[Node], tiers: Sequence[TierId]) -> int:
+        """How many leading chunks of a run these tiers can serve."""
         count = 0
         for node in run:
-            replica = node.replicas[tier]
-            if replica is None or replica.state is not State.READY:
+            if not any(node.ready(tier) for tier in tiers):
                 break
             count += 1
         return count

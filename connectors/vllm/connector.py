@@ -146,7 +146,13 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         ]
         copies = copies_for(stored[0].pages.device)
         block_tokens = block_tokens_of(self._cache)[0]
-        self._working = Working(stored, copies, self._settings.deadline_ms / 1000, block_tokens)
+        self._working = Working(
+            stored,
+            copies,
+            self._settings.deadline_ms / 1000,
+            block_tokens,
+            self._settings.lookup_wait_ms / 1000,
+        )
         for each in stored:
             space = each.part.space
             found = "connected" if each.client.wait_ready(_START_WAIT_S) else "no service yet"

@@ -52,7 +52,7 @@ class StepOrders:
 
     `fence`: before anything is written in this step, every offload up to this number must have
     left its blocks. 0: nothing to wait for. A step with `confirm` is answered, so that the
-    scheduler learns whether its loads succeeded.
+    scheduler learns whether its loads succeeded. An `idle` step computes nothing.
     """
 
     step: int
@@ -60,6 +60,7 @@ class StepOrders:
     confirm: bool = False
     loads: tuple[LoadOrder, ...] = ()
     offloads: tuple[OffloadOrder, ...] = ()
+    idle: bool = False
 
 
 @dataclass(slots=True)

@@ -167,7 +167,8 @@ class Scheduling:
             due = self._due(output.num_scheduled_tokens)
             if due and self._matching.connected:
                 offloads += self._orders(due, output.kv_connector_block_state)
-        return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads))
+        idle = not output.num_scheduled_tokens
+        return StepOrders(self._step, fence, confirm, tuple(loads), tuple(offloads), idle)
 
     def received(self, report: StepReport) -> None:
         """What the workers answered."""

@@ -27,15 +27,27 @@ class Arrivals:
 
 
 class Working:
-    """One worker. Its methods are called by the engine, one at a time, in each step's order."""
+    """One worker. Its methods are called by the engine, one at a time, in each step's order.
+
+    An engine all of whose requests wait for background loads goes through idle steps as fast as it
+    can, which takes from whoever loads the processor that he needs. So an idle step waits up to
+    `idle_wait_s` for a load to end.
+    """
 
     def __init__(
-        self, parts: Sequence[Stored], copies: Copies, deadline_s: float, block_tokens: int
+        self,
+        parts: Sequence[Stored],
+        copies: Copies,
+        deadline_s: float,
+        block_tokens: int,
+        idle_wait_s: float = 0.0,
     ) -> None:
         self.tally = Tally()
         self._parts = tuple(parts)
         self._copies = copies
         self._block_tokens = block_tokens  # of the only group, where loads are in line
+        self._idle_wait_s = idle_wait_s
+        self._idle = False
         self._loader = Loader(parts, copies, deadline_s, self.tally)
         self._offloader = Offloader(parts, copies, deadline_s, self.tally)
         self._report = StepReport()
@@ -65,6 +77,7 @@ class Working:
 
     def load(self, orders: StepOrders) -> None:
         """Load now what this step's forward needs, and begin what it does not."""
+        self._idle = orders.idle
         for order in orders.loads:
             if order.background:
                 self._background.begin(order)
@@ -82,7 +95,7 @@ class Working:
 
     def arrivals(self) -> Arrivals:
         """The background loads that ended since the last call."""
-        arrivals = self._background.take()
+        arrivals = self._background.take(self._idle_wait_s if self._idle else 0.0)
         self._report.failed |= arrivals.failed
         return arrivals
 
@@ -125,7 +138,8 @@ class _BackgroundLoads:
         self._loader = loader
         self._deadline_s = deadline_s
         self._queue: queue.SimpleQueue[tuple[LoadOrder, float] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._under_way = 0
         self._arrivals = Arrivals(set(), set())
         self._thread: threading.Thread | None = None
 
@@ -133,10 +147,15 @@ class _BackgroundLoads:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kvtier-load", daemon=True)
             self._thread.start()
+        with self._changed:
+            self._under_way += 1
         self._queue.put((order, time.monotonic() + self._deadline_s))
 
-    def take(self) -> Arrivals:
-        with self._lock:
+    def take(self, wait_s: float) -> Arrivals:
+        """What has ended since the last call, or ends while it waits."""
+        with self._changed:
+            if wait_s and self._under_way and not self._arrivals.finished:
+                self._changed.wait(wait_s)
             arrivals, self._arrivals = self._arrivals, Arrivals(set(), set())
         return arrivals
 
@@ -154,7 +173,9 @@ class _BackgroundLoads:
                 if left_s > 0:
                     reached = self._loader.load(order, left_s)
             finally:  # whatever happens, the engine waits for this request
-                with self._lock:
+                with self._changed:
+                    self._under_way -= 1
+                    self._changed.notify_all()
                     self._arrivals.finished.add(order.request)
                     if reached < order.stop:
                         self._arrivals.failed.add(order.request)

@@ -3,6 +3,8 @@
 from kvtier.client.client import Client, Explained, Held, KeyState, Path, connect
 from kvtier.client.loading import Loaded, LoadedChunk
 from kvtier.client.offloading import Offload, Offloaded, WriteSlot
+from kvtier.client.paged import PagedEngine
+from kvtier.client.paged_loading import PagedLoad
 from kvtier.client.stats import ServiceStats, TierUse, Unreachable, fetch_stats
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "LoadedChunk",
     "Offload",
     "Offloaded",
+    "PagedEngine",
+    "PagedLoad",
     "Path",
     "ServiceStats",
     "TierUse",

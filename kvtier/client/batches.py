@@ -7,6 +7,7 @@ from typing import Protocol
 from kvtier.client.buffers import Buffers
 from kvtier.client.session import Attached, Session
 from kvtier.client.transport import Pending
+from kvtier.kernels.device import Span
 from kvtier.proto import cache_pb2 as pb
 from kvtier.transfer.paths import inline
 
@@ -43,6 +44,10 @@ class Batch(Protocol):
         """Room to fill with a chunk, writable."""
         ...
 
+    def span(self, index: int) -> Span | None:
+        """That room as the client's device reaches it."""
+        ...
+
     def wrote(self, index: int) -> None:
         """The room opened last is filled."""
         ...
@@ -64,6 +69,7 @@ class MappedBatch:
         self._attached = attached
         self._lease_id = lease_id
         self._slots: dict[int, memoryview] = {}
+        self._spans: dict[int, Span | None] = {}
         self._filled: list[int] = []
 
     @property
@@ -75,7 +81,12 @@ class MappedBatch:
         return len(self._filled)
 
     def add(self, index: int, offset: int) -> None:
-        self._slots[index] = self._attached.slot(offset, self._session.chunk_bytes)
+        nbytes = self._session.chunk_bytes
+        self._slots[index] = self._attached.slot(offset, nbytes)
+        self._spans[index] = self._attached.span(offset, nbytes, in_vram=False)
+
+    def span(self, index: int) -> Span | None:
+        return self._spans[index]
 
     def open(self, index: int) -> memoryview:
         return self._slots[index]
@@ -129,6 +140,9 @@ class StreamedBatch:
     def open(self, index: int) -> memoryview:
         self._filling = self._next_buffer()
         return memoryview(self._filling)
+
+    def span(self, index: int) -> Span | None:
+        return None
 
     def wrote(self, index: int) -> None:
         if self._put is None:

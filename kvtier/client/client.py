@@ -22,6 +22,7 @@ from kvtier.client.stats import ServiceStats, read_stats
 from kvtier.client.transport import SERVICE_FAILURES, GrpcTransport, Transport, grpc_target
 from kvtier.errors import InvalidRequest
 from kvtier.kernels.copying import Copier
+from kvtier.kernels.device import Device
 from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Space
 
@@ -51,11 +52,13 @@ class KeyState(Enum):
     CORRUPT = 6
     EXPIRED = 7
     OTHER_SPACE = 8
+    VRAM = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many leading chunks of a prefix the service holds, and how many of those are in RAM."""
+    """How many leading chunks of a prefix the service holds, and how many of those are in RAM or
+    VRAM."""
 
     chunks: int
     in_ram: int
@@ -126,14 +129,24 @@ class Client:
         held = min(response.held, len(prefix))
         return Held(held, min(response.in_ram, held))
 
-    def load(self, prefix: Prefix, deadline_s: float | None = None) -> Loaded:
+    def load(
+        self, prefix: Prefix, deadline_s: float | None = None, *, in_vram: bool = False
+    ) -> Loaded:
         """Bring the longest leading run of chunks that is held.
+
+        With `in_vram`, a client with a device takes chunks that are in VRAM where they are.
 
         >>> with client.load(prefix) as loaded:        # doctest: +SKIP
         ...     for chunk in loaded:                   # in order, as they land
         ...         chunk.read_into(my_buffer(chunk.index))
         """
-        return Loaded(self._connection, self._workplace, prefix, deadline_s or self.deadline_s)
+        return Loaded(
+            self._connection,
+            self._workplace,
+            prefix,
+            deadline_s or self.deadline_s,
+            in_vram=in_vram,
+        )
 
     def offload(self, prefix: Prefix, deadline_s: float | None = None) -> Offload:
         """Store the chunks of a prefix that the service does not hold yet.
@@ -251,23 +264,30 @@ def connect(
     deadline_s: float = DEFAULT_DEADLINE_S,
     path: Path | str | None = None,
     name: str = "python",
+    device: Device | None = None,
 ) -> Client:
     """A client of the service at "unix:///path/to.sock" or "host:port".
 
     Returns at once, whether or not a service is there; it is connected in the background, and again
     whenever it comes back. `deadline_s` is the most that an operation may take. `path` forces a
     data path; by default shm is used, and inline where the target is not a unix socket. `name`
-    tells the client apart in the service's statistics. Raises InvalidRequest for a malformed target
-    or path.
+    tells the client apart in the service's statistics. With a `device` on the service's host, which
+    the caller closes after the client, it copies from and to the arena by itself, and reaches the
+    VRAM tier where that is on the same one. Raises InvalidRequest for a malformed target or path.
     """
     grpc_target(target)
+    _check_deadline(deadline_s)
     if path is None:
         path = Path.SHM if target.startswith("unix:") else Path.INLINE
     try:
         wire_path = _WIRE_PATHS[Path(path)]
     except ValueError:
         raise InvalidRequest(f'path: {path!r} given; use "shm" or "inline"') from None
-    return connect_through(lambda: GrpcTransport(target), space, deadline_s, wire_path, name)
+    paths = [wire_path]
+    if device is not None and wire_path == pb.DATA_PATH_SHM:
+        paths.insert(0, pb.DATA_PATH_CUDA_IPC)
+    connection = Connection(lambda: GrpcTransport(target), space, name, paths, device)
+    return Client(connection, space, deadline_s)
 
 
 def connect_through(
@@ -279,10 +299,14 @@ def connect_through(
     on_close: Callable[[], None] = lambda: None,
 ) -> Client:
     """A client over any transport; `on_close` is called once it is closed."""
-    if deadline_s <= 0:
-        raise InvalidRequest(f"deadline_s: {deadline_s} given, must be positive")
+    _check_deadline(deadline_s)
     connection = Connection(make_transport, space, name, [path])
     return Client(connection, space, deadline_s, on_close)
+
+
+def _check_deadline(deadline_s: float) -> None:
+    if deadline_s <= 0:
+        raise InvalidRequest(f"deadline_s: {deadline_s} given, must be positive")
 
 
 def _key_state(value: int) -> KeyState:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from kvtier.client.session import Session, attach
 from kvtier.client.transport import SERVICE_FAILURES, Transport
+from kvtier.kernels.device import Device, DeviceError
 from kvtier.proto import cache_pb2 as pb
 from kvtier.spaces import Space
 
@@ -32,10 +33,12 @@ class Connection:
         space: Space,
         client: str,
         paths: "list[pb.DataPath.ValueType]",
+        device: Device | None = None,
     ) -> None:
         self._make_transport = make_transport
         self._request = pb.OpenSessionRequest(client=client, space=to_message(space), paths=paths)
         self._space = space
+        self._device = device
         self._session: Session | None = None
         self._ready = threading.Event()
         self._closed = threading.Event()
@@ -116,6 +119,14 @@ class Connection:
         self._said_absent = True
         logger.log(level, "kvtier: no cache until a service answers (%s)", why)
 
+    def _do_without_vram(self, error: DeviceError) -> None:
+        """From now on ask for what needs no device."""
+        logger.warning("kvtier: goes on without its device: %s", error)
+        self._device = None
+        paths = [path for path in self._request.paths if path != pb.DATA_PATH_CUDA_IPC]
+        self._request.ClearField("paths")
+        self._request.paths.extend(paths)
+
     def _hold_one_session(self) -> None:
         """Open a session and stay until it ends."""
         transport = self._make_transport()
@@ -134,7 +145,11 @@ class Connection:
                 watchdog.cancel()
             if event.opened.path not in self._request.paths:
                 raise ValueError("the service chose a data path that was not offered")
-            session = attach(event.opened, self._space, transport, stream)
+            try:
+                session = attach(event.opened, self._space, transport, stream, self._device)
+            except DeviceError as error:
+                self._do_without_vram(error)
+                raise
             self._failures = 0
             self._said_absent = True
             self._session = session

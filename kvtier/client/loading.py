@@ -13,6 +13,7 @@ from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES, Stream
 from kvtier.kernels.copying import Copier
+from kvtier.kernels.device import Span
 from kvtier.proto import cache_pb2 as pb
 from kvtier.transfer.paths import inline
 
@@ -25,11 +26,13 @@ _GRACE_S = 0.25
 @dataclass(frozen=True, slots=True)
 class LoadedChunk:
     """One chunk of a load. `data` is read-only, has exactly the layout's bytes, and is valid until
-    the load's `with` block ends."""
+    the load's `with` block ends; it is empty where the chunk is in VRAM. `span` is the chunk as the
+    client's device reaches it: None without one, and on the path inline."""
 
     index: int
     data: memoryview
     copier: Copier = field(repr=False, compare=False)
+    span: Span | None = None
 
     def read_into(self, target: memoryview) -> None:
         """Copy the chunk into a writable buffer of the same size, without the GIL."""
@@ -49,7 +52,10 @@ class Loaded:
         workplace: Workplace,
         prefix: Prefix,
         deadline_s: float,
+        *,
+        in_vram: bool = False,
     ) -> None:
+        self._in_vram = in_vram
         self._connection = connection
         self._buffers = workplace.buffers
         self._copier = workplace.copier
@@ -58,6 +64,7 @@ class Loaded:
         self._session: Session | None = None
         self._lease_id = 0
         self._stream: Stream[pb.LoadResponse] | Stream[GetMessage] | None = None
+        self._released = False
         self._views: list[memoryview] = []
         self._borrowed: list[bytearray] = []
 
@@ -81,10 +88,28 @@ class Loaded:
         if self._stream is not None:
             self._stream.cancel()
         self._let_go_of_views()
-        if session.attached is not None and self._stream is not None:
+        if session.attached is not None and self._stream is not None and not self._released:
             request = pb.ReleaseRequest(session_id=session.id, lease_id=self._lease_id)
             self._post_release(session, request)
         session.leave()
+
+    def release(self) -> bool:
+        """End the lease before the block ends, and wait for the service to say that it held it
+        until now. False when it does not: it may have died, and its VRAM be another's. Either way
+        no chunk may be read any more."""
+        session = self._session
+        if session is None or session.inherited or session.attached is None or self._stream is None:
+            return False
+        self._stream.cancel()
+        request = pb.ReleaseRequest(session_id=session.id, lease_id=self._lease_id)
+        try:
+            session.transport.call("Release", request, self._remaining_ms() / 1000 + _GRACE_S)
+        except SERVICE_FAILURES as failure:
+            self._connection.failed(session, "release", failure)
+            return False
+        self._connection.succeeded()
+        self._released = True
+        return True
 
     def _let_go_of_views(self) -> None:
         self._buffers.give_back(self._borrowed)
@@ -131,15 +156,25 @@ class Loaded:
             lease_id=self._lease_id,
             keys=pack_keys(self._prefix.keys),
             deadline_ms=self._remaining_ms(),
+            in_vram=self._in_vram and session.reaches_vram,
         )
         timeout_s = request.deadline_ms / 1000 + _GRACE_S
         stream: Stream[pb.LoadResponse] = session.transport.stream("Load", request, timeout_s)
         self._stream = stream
         for response in stream:
             for chunk in response.chunks:
-                data = attached.slot(chunk.offset, session.chunk_bytes).toreadonly()
+                if chunk.in_vram and not request.in_vram:
+                    raise ValueError(
+                        "the service sent a chunk in VRAM that was not asked for there"
+                    )
+                nbytes = session.chunk_bytes
+                span = attached.span(chunk.offset, nbytes, in_vram=chunk.in_vram)
+                if chunk.in_vram:
+                    yield LoadedChunk(chunk.index, memoryview(b""), self._copier, span)
+                    continue
+                data = attached.slot(chunk.offset, nbytes).toreadonly()
                 self._views.append(data)
-                yield LoadedChunk(chunk.index, data, self._copier)
+                yield LoadedChunk(chunk.index, data, self._copier, span)
 
     def _streamed(self, session: Session) -> Iterator[LoadedChunk]:
         request = pb.GetRequest(

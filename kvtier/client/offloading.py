@@ -14,6 +14,7 @@ from kvtier.client.connection import Connection
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES
 from kvtier.kernels.copying import Copier
+from kvtier.kernels.device import Span
 from kvtier.proto import cache_pb2 as pb
 
 # Reserved at once: large enough to amortise two calls, small enough to leave others their room.
@@ -48,11 +49,14 @@ class Offloaded:
 @dataclass(frozen=True, slots=True)
 class WriteSlot:
     """Room for one chunk. `data` is writable, has exactly the layout's bytes, and is valid until
-    the loop goes on to the next slot."""
+    the loop goes on to the next slot. `span` is the same as the client's device reaches it: None
+    without one, and on the path inline. What the device writes there must have arrived before the
+    loop goes on."""
 
     index: int
     data: memoryview
     copier: Copier = field(repr=False, compare=False)
+    span: Span | None = None
 
     def write(self, source: memoryview) -> None:
         """Copy a chunk from a buffer of the same size, without the GIL."""
@@ -126,7 +130,9 @@ class Offload:
         try:
             for index in batch.wanted:
                 view = batch.open(index)
-                slot = WriteSlot(index + reservation.start, view[:], self._workplace.copier)
+                slot = WriteSlot(
+                    index + reservation.start, view[:], self._workplace.copier, batch.span(index)
+                )
                 yield slot
                 with suppress(BufferError):  # an array over it is its caller's problem
                     slot.data.release()

@@ -1,6 +1,8 @@
 """Shared memory: owned by one, mapped by many, gone with its owner."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,21 @@ def test_a_mapping_in_use_survives_its_close(tmp_path: Path) -> None:
     memory.close(unlink=True)
     part[:] = b"in place"
     assert bytes(part) == b"in place"
+
+
+def test_memory_is_locked_where_the_limit_allows_it(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from kvtier.kernels.shared_memory import SharedMemory
+region = SharedMemory.create(Path(sys.argv[1]), 1 << 20)
+locked = region.lock()
+kib = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmLck")]
+print(locked, kib[0])
+region.close(unlink=True)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "arena")],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert ran.stdout.split() in (["True", "1024"], ["False", "0"])

@@ -23,7 +23,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(64 * SLOT)
-        policies = {TierId.CPU: Lru[Node](), TierId.DISK: Lru[Node]()}
+        policies = {tier: Lru[Node]() for tier in TierId}
         self.index = Index(policies, lambda replica: self.arena.free(replica.slot))
         self.branch = self.index.branch(SPACE)
         self.sessions = [Leases(self.index), Leases(self.index)]

@@ -23,7 +23,7 @@ class Tree:
     released: list[Replica] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        policies = {CPU: Lru[Node](), DISK: Lru[Node]()}
+        policies = {tier: Lru[Node]() for tier in TierId}
         self.index = Index(policies, self.released.append)
         self.branch: Branch = self.index.branch(SPACE)
 

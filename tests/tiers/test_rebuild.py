@@ -24,7 +24,7 @@ def record(number: int, parent: int | None, created_s: float = 1.0, space: bytes
 
 
 def new_index() -> Index:
-    return Index({TierId.CPU: Lru[Node](), TierId.DISK: Lru[Node]()}, lambda replica: None)
+    return Index({tier: Lru[Node]() for tier in TierId}, lambda replica: None)
 
 
 def test_any_order_of_records_gives_the_whole_tree() -> None:
