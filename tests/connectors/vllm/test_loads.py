@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 import kvtier  # noqa: E402
 from kvtier.connectors.vllm.copies import HostCopies  # noqa: E402
 from kvtier.connectors.vllm.lookups import Secured  # noqa: E402
-from kvtier.connectors.vllm.orders import StepReport  # noqa: E402
+from kvtier.connectors.vllm.orders import StepOrders, StepReport  # noqa: E402
 from kvtier.connectors.vllm.working import Working  # noqa: E402
 from tests.connectors.vllm.conftest import OpenCache  # noqa: E402
 from tests.connectors.vllm.making import BLOCK  # noqa: E402
@@ -124,6 +124,15 @@ def test_loads_in_the_background_are_reported_when_they_end(bench: Bench) -> Non
     assert worker.bad_blocks() == set()  # of a request, not of blocks
     assert worker.report() == StepReport(failed={"r25"})
     assert not worker.arrivals().finished
+
+
+def test_an_idle_step_waits_for_a_load_to_end(bench: Bench) -> None:
+    bench.stored(29)
+    worker, _ = bench.worker(idle_wait_s=HANG_S)
+    worker.load(step(1, load(29, WHOLE, TARGET, background=True)))
+    worker.load(StepOrders(2, idle=True))
+    assert worker.arrivals().finished == {"r29"}
+    assert worker.arrivals().finished == set()  # nothing is under way: there is no wait
 
 
 def test_a_load_in_the_background_that_raises_ends_as_failed(bench: Bench) -> None:

@@ -152,11 +152,12 @@ class Bench:
     def worker(
         self, of: Sequence[Part] = WHOLE, seed: int = 1, *, writer: bool = True,
         clients: dict[bytes, Any] | None = None, copies: Copies | None = None,
+        idle_wait_s: float = 0.0,
     ) -> tuple[Working, Place]:  # fmt: skip
         place = place_of(of, seed)
         made = clients or {part.digest: self.open_cache(part) for part in of}
         stored = stored_of(of, place, made, writer=writer)
-        self.workers.append(Working(stored, copies or HostCopies(), 5.0, BLOCK))
+        self.workers.append(Working(stored, copies or HostCopies(), 5.0, BLOCK, idle_wait_s))
         return self.workers[-1], place
 
     def stored(self, prompt: int, of: Sequence[Part] = WHOLE, chunks: int = 4) -> Place:
