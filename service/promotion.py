@@ -112,3 +112,10 @@ class Promotions:
         elif outcome is Outcome.MISS:
             self._placement.lose(node, Loss.CORRUPT, "the disk tier no longer had it")
         index.unpin(promotion.source)
+        if outcome is Outcome.FAILED and promotion.source.tier is TierId.GPU:
+            self._do_without(promotion.source)
+
+    def _do_without(self, source: Replica) -> None:
+        """Where another tier has what VRAM could not give, the next load is to ask that one."""
+        if source.node.ready_count > 1 and self._placement.index.is_evictable(source):
+            self._placement.evict(source)

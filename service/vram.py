@@ -1,10 +1,13 @@
 """The VRAM tier: one allocation on the device, cut in slots, and the way between it and RAM."""
 
+import logging
 from dataclasses import dataclass, field
 
-from kvtier.kernels.device import HANDLE_BYTES, Device, Region, Span
+from kvtier.kernels.device import HANDLE_BYTES, Device, DeviceError, Region, Span
 from kvtier.tiers.arena import Arena, Slot
 from kvtier.transfer.bus import Bus
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +38,9 @@ class Vram:
     async def close(self) -> None:
         """Stop the copies and give all memory back; nobody may use it any more."""
         await self.bus.close()
-        self.device.release(self.ram)
-        self.device.release(self.region)
+        for region in (self.ram, self.region):
+            try:
+                self.device.release(region)
+            except DeviceError as error:  # a device at fault: its memory goes with the process
+                logger.warning("gpu: %s", error)
         self.device.close()

@@ -33,6 +33,7 @@ class WriteBehind:
         self._clean = asyncio.Event()
         self._clean.set()
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
 
     def start(self) -> None:
         """Start writing; needs the running loop."""
@@ -61,12 +62,14 @@ class WriteBehind:
 
     async def close(self) -> None:
         """Stop after the transaction under way."""
+        # Python 3.11's wait_for may swallow a cancellation that comes as its own wait ends.
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._closing:
             await self._some.wait()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self._interval_s)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvtier.kernels.device import Device, DeviceError, Event, Place, Span, Urgency
+from kvtier.kernels.device import Device, Event, Place, Span, Urgency
 from kvtier.tiers.base import Outcome
 
 logger = logging.getLogger(__name__)
@@ -244,15 +244,15 @@ class _Lane:
         try:
             self._device.copy(self._stream, [(piece.target, piece.source) for piece in pieces])
             flying.append(_Flight(pieces, nbytes, started_s, self._stream.record()))
-        except (DeviceError, ValueError) as error:
-            with suppress(DeviceError):
+        except Exception as error:  # noqa: BLE001 - costs these copies, not the lane
+            with suppress(Exception):
                 self._stream.synchronize()  # earlier pieces, or some of these, may be under way
             self._report(pieces, error)
 
     def _land(self, flight: _Flight) -> None:
         try:
             flight.arrived.synchronize()
-        except DeviceError as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._report(flight.pieces, error)
         else:
             self._report(flight.pieces, None)

@@ -199,3 +199,24 @@ async def test_copies_that_fail_leave_the_chunk_where_it_is(tmp_path: Path) -> N
         core.cache.release(session, lease.id)
         await until(core.raisings_idle)
         vram.ram = vram.device.register(core.placement.memory.region.view)
+
+
+async def test_what_vram_cannot_give_is_asked_of_the_disk_next(tmp_path: Path) -> None:
+    async with harness(tmp_path, device=device()) as core:
+        session, other = core.session(in_vram=True), core.session()
+        prefix = core.chain_of(session, 1)
+        core.put(session, prefix)
+        await on_disk(core, 1)
+        _, _, lease = await core.get(session, prefix)
+        core.cache.release(session, lease.id)
+        await raised(core, 1)
+        drop_from_ram(core)
+        vram = core.vram
+        assert vram is not None
+        vram.device.release(vram.ram)  # the device's copies fail from here on
+        came, stop, _ = await core.get(other, prefix)
+        assert (came, stop) == (0, LoadStop.FAILED)
+        came, stop, lease = await core.get(other, prefix)
+        assert (came, stop, tiers_of(lease)) == (1, LoadStop.COMPLETE, [TierId.CPU])
+        assert core.placement.counters.promoted_chunks == 1
+        vram.ram = vram.device.register(core.placement.memory.region.view)

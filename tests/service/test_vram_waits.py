@@ -55,6 +55,7 @@ async def test_the_tail_of_a_prompt_follows_its_head_into_vram(tmp_path: Path) -
         core.only_on_disk()  # the head is in VRAM and on disk, and no longer in RAM
         assert await used(core, session, whole) == [TierId.GPU] * 2 + [TierId.CPU] * 2
         assert await used(core, session, whole) == [TierId.GPU] * 4
+        assert await core.write_behind.flush(PATIENCE_S)
 
 
 async def goes_up_and_down(folder: Path, device: Device, eyes: Eyes) -> bool:
