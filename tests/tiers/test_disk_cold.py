@@ -38,7 +38,7 @@ async def test_what_is_cold_is_read_as_it_was_written(tmp_path: Path, codec: str
 
 async def test_damage_on_the_medium_is_noticed_when_it_is_cold(tmp_path: Path) -> None:
     tier = open_tier(tmp_path, codec="none")
-    (record,) = await stored(tier, [3])
+    (record,) = await stored(tier, range(3, 4))
     path = tmp_path / DATA_FILE
     with path.open("r+b") as file:
         start = file.read().index(content(3)[:64])
