@@ -152,9 +152,11 @@ class Engine:
         whose prefix cache is empty."""
         self.generate([{"tokens": [3]}], max_tokens=2)  # what ended requests have left goes along
         assert self.settle(), "chunks are still being copied out of blocks"
+        torch = importlib.import_module("torch")
         for stored in self._stored():
-            for cache, _, _ in stored.pages._layers:
-                cache.fill_(100)
+            for band in stored.pages._bands:
+                for cache in band.caches:
+                    cache.view(torch.uint8).fill_(0x42)  # 48.5 in bfloat16 and in float32
 
     def watch(self) -> None:
         """From now on keep the KV events that the scheduler publishes."""
