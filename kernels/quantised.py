@@ -4,10 +4,7 @@ The schemes are KIVI's (Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantiz
 2024, section 3): keys have a few channels of large magnitude, so they are quantised by channel over
 a group of tokens; values have none, so they are quantised by token over the channels of a head.
 
-    scheme   code     keys' group        values' group
-    int8     8 bits   all tokens         the head_dim channels of a token
-    int4     4 bits   32 tokens          the same
-    The last group of keys is shorter where the tokens do not fill it.
+`kvtier/encodings.py` has the schemes, their groups and where the bytes of a chunk lie.
 
 Each group has a minimum and a scale. The minimum is the least finite element, so the layout's dtype
 holds it exactly, whatever the offset. The scale is (greatest - least) / (2^bits - 1), rounded up to
@@ -29,185 +26,126 @@ What is not finite does not spoil its group: it has no part in the range, and co
 number, +infinity as the group's greatest and -infinity and NaN as its least; 0 where nothing is
 finite. -0 comes back as 0.
 
-A chunk has a record for each layer and head, layers outermost. A record has these arrays in C
-order, each beginning at a multiple of 16 bytes, little-endian; what is between them is undefined:
-
-    codes of keys      [tokens, row]       uint8; int8: row = head_dim; int4: row = head_dim / 2,
-    codes of values    [tokens, row]       rounded up, the even channel in the low half
-    minima of keys     [groups, head_dim]  the layout's dtype
-    minima of values   [tokens]            the layout's dtype
-    scales of keys     [groups, head_dim]  bfloat16
-    scales of values   [tokens]            bfloat16
-
-The layout is the unquantised chunk's; the order of its axes has no meaning here. The kernels are in
-`csrc/quantise.cu`, and `quantised_reference.py` says the same in NumPy, to the bit.
+The kernels are in `csrc/quantise.cu`, and `quantised_reference.py` does the same in NumPy, to the
+bit.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
-from itertools import accumulate
 
 import numpy as np
 
+from kvtier.encodings import RECORD_ALIGNMENT, Record, Scheme
 from kvtier.errors import InvalidRequest
 from kvtier.kernels.device import Span
 from kvtier.kernels.paged import (
     Int64s,
     Job,
     PagedCache,
-    block_offsets,
-    check_blocks_differ,
+    Places,
     check_chunks,
     extent,
 )
 from kvtier.spaces import Layout
 
-DTYPES = ("float32", "float16", "bfloat16")
-INT4_GROUP_TOKENS = 32
-_ALIGNMENT = 16
 _CHANNELS_QUANTISED = 2  # by one thread, as in quantise.cu
 _CHANNELS_DEQUANTISED = 8
-_SCALE_BYTES = 2
 
 
-class Scheme(Enum):
-    """How a chunk is quantised."""
+def scheme_and_record(layout: Layout) -> tuple[Scheme, Record]:
+    """How chunks of a layout are quantised, and where the arrays of one layer and head lie.
 
-    INT8 = "int8"
-    INT4 = "int4"
-
-    @property
-    def bits(self) -> int:
-        """Of one code."""
-        return 8 if self is Scheme.INT8 else 4
-
-    def group_tokens(self, tokens: int) -> int:
-        """Tokens over which a channel of the keys has one scale."""
-        return tokens if self is Scheme.INT8 else min(tokens, INT4_GROUP_TOKENS)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Where the arrays of one layer and head begin in its record, in bytes.
-
-    Raises InvalidRequest when the layout has other than two planes or is of no type in `DTYPES`.
+    Raises InvalidRequest when they are exact.
     """
-
-    key_codes: int
-    value_codes: int
-    key_minima: int
-    value_minima: int
-    key_scales: int
-    value_scales: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, layout: Layout, scheme: Scheme) -> "Record":
-        """The record of a scheme for an unquantised layout."""
-        if layout.planes != 2:
-            raise InvalidRequest(
-                f"layout.planes: {layout.planes} given; quantising takes 2, keys and values, and "
-                "moves a latent cache only as it is"
-            )
-        if layout.dtype not in DTYPES:
-            raise InvalidRequest(
-                f"layout.dtype: {layout.dtype!r} cannot be quantised, allowed are {DTYPES}"
-            )
-        row = -(-layout.head_dim * scheme.bits // 8)
-        groups = -(-layout.tokens // scheme.group_tokens(layout.tokens))
-        sizes = (
-            *(layout.tokens * row,) * 2,
-            groups * layout.head_dim * layout.itemsize,
-            layout.tokens * layout.itemsize,
-            groups * layout.head_dim * _SCALE_BYTES,
-            layout.tokens * _SCALE_BYTES,
+    scheme = layout.scheme
+    if scheme is None:
+        raise InvalidRequest(
+            f"layout.encoding: {layout.encoding!r} given; name what to quantise to, one of "
+            f"{[each.value for each in Scheme]}"
         )
-        return cls(*accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
-
-
-def encoded_bytes(layout: Layout, scheme: Scheme) -> int:
-    """Bytes of a quantised chunk of that (unquantised) layout.
-
-    Raises InvalidRequest when the layout cannot be quantised.
-    """
-    return layout.layers * layout.heads * Record.of(layout, scheme).nbytes
+    record = Record.of(
+        scheme, tokens=layout.tokens, head_dim=layout.head_dim, itemsize=layout.itemsize
+    )
+    return scheme, record
 
 
 def quantise(
     cache: PagedCache,
     layout: Layout,
-    scheme: Scheme,
     chunks: Sequence[Span],
     tables: Sequence[Sequence[int]],
 ) -> Job:
     """Quantise whole chunks out of an engine's blocks.
 
-    `layout` is what the engine holds, `chunks` are device memory of at least `encoded_bytes` each,
-    at multiples of 16 bytes; `tables` is as for `paged.gather`. Raises InvalidRequest for what
-    cannot be quantised, and for whatever `paged.gather` refuses.
+    `chunks` are device memory of at least `layout.nbytes` each, at multiples of 16 bytes; `tables`
+    is as for `paged.gather`. Raises InvalidRequest for an exact layout, and for whatever
+    `paged.gather` refuses.
     """
-    record = Record.of(layout, scheme)
-    addresses, offsets = _checked(cache, layout, scheme, chunks, tables)
-    groups = -(-layout.tokens // scheme.group_tokens(layout.tokens))
+    return quantise_at(cache, layout, chunks, Places.of(cache, layout, tables))
+
+
+def quantise_at(cache: PagedCache, layout: Layout, chunks: Sequence[Span], places: Places) -> Job:
+    """As `quantise`, of tables that were checked, with no first tokens."""
+    scheme, record = scheme_and_record(layout)
+    addresses = _checked(cache, layout, chunks, places)
     steps = -(-layout.head_dim // _CHANNELS_QUANTISED)
-    places = len(chunks) * layout.layers * layout.heads
-    key_items = places * groups * steps
-    items = (key_items + places * layout.tokens, key_items)
+    rows = len(chunks) * layout.layers * layout.heads
+    key_items = rows * scheme.groups(layout.tokens) * steps
+    items = (key_items + rows * layout.tokens, key_items)
     words = _words(cache, layout, scheme, record, (*items, steps))
-    return _job(f"kvtier_quantise_{scheme.value}_{layout.dtype}", words, cache, addresses, offsets)
+    name = f"kvtier_quantise_int{scheme.bits}_{layout.dtype}"
+    return _job(name, words, cache, addresses, places)
 
 
 def dequantise(
     cache: PagedCache,
     layout: Layout,
-    scheme: Scheme,
     chunks: Sequence[Span],
     tables: Sequence[Sequence[int]],
+    first_token: int | Sequence[int] = 0,
 ) -> Job:
-    """Put whole quantised chunks into an engine's blocks; arguments and errors are `quantise`'s.
+    """Put quantised chunks into an engine's blocks; arguments and errors are `quantise`'s, and
+    `first_token` is as for `paged.scatter`.
 
     Raises InvalidRequest also when a block is written twice.
     """
-    record = Record.of(layout, scheme)
-    addresses, offsets = _checked(cache, layout, scheme, chunks, tables)
-    check_blocks_differ(offsets)
+    places = Places.of(cache, layout, tables, first_token, written=True)
+    return dequantise_at(cache, layout, chunks, places)
+
+
+def dequantise_at(cache: PagedCache, layout: Layout, chunks: Sequence[Span], places: Places) -> Job:
+    """As `dequantise`, of tables that were checked, as `written`."""
+    scheme, record = scheme_and_record(layout)
+    addresses = _checked(cache, layout, chunks, places)
     steps = -(-layout.head_dim // _CHANNELS_DEQUANTISED)
     items = (len(chunks) * layout.layers * layout.heads * layout.tokens * steps, 0)
     words = _words(cache, layout, scheme, record, (*items, steps))
-    name = f"kvtier_dequantise_{scheme.value}_{layout.dtype}"
-    return _job(name, words, cache, addresses, offsets)
+    name = f"kvtier_dequantise_int{scheme.bits}_{layout.dtype}"
+    return _job(name, words, cache, addresses, places)
 
 
-def _checked(
-    cache: PagedCache,
-    layout: Layout,
-    scheme: Scheme,
-    chunks: Sequence[Span],
-    tables: Sequence[Sequence[int]],
-) -> tuple[Int64s, Int64s]:
-    """The chunks' addresses and their blocks' offsets."""
+def _checked(cache: PagedCache, layout: Layout, chunks: Sequence[Span], places: Places) -> Int64s:
+    """The chunks' addresses."""
     cache.check_geometry(layout)
-    check_chunks(chunks, tables, encoded_bytes(layout, scheme))
-    offsets = block_offsets(cache, layout, tables, np.zeros(len(chunks), np.int64))
+    check_chunks(chunks, len(places), layout.nbytes)
     addresses = np.asarray([chunk.address for chunk in chunks], np.int64)
-    if (addresses % _ALIGNMENT).any():
+    if (addresses % RECORD_ALIGNMENT).any():
         raise InvalidRequest(
-            f"chunks: an address is no multiple of {_ALIGNMENT} bytes; quantised chunks need it"
+            f"chunks: an address is no multiple of {RECORD_ALIGNMENT} bytes; quantised chunks need "
+            "it"
         )
     if _alignment(cache) % layout.itemsize:
         raise InvalidRequest(
             f"cache: an address or stride is no multiple of {layout.itemsize} bytes, an element of "
             f"{layout.dtype}"
         )
-    return addresses, offsets
+    return addresses
 
 
 def _alignment(cache: PagedCache) -> int:
     """The power of two, at most 16, that divides every address of a row."""
     steps = [cache.block_stride, cache.token_stride, cache.head_stride]
-    return math.gcd(_ALIGNMENT, *steps, *(base for planes in cache.bases for base in planes))
+    return math.gcd(RECORD_ALIGNMENT, *steps, *(base for planes in cache.bases for base in planes))
 
 
 def _words(
@@ -219,17 +157,16 @@ def _words(
 ) -> list[int]:
     """The words of quantise.cu up to the offsets; `items` is all, keys', steps of channels."""
     count, key_items, steps = items
-    group_tokens = scheme.group_tokens(layout.tokens)
-    wide = layout.head_dim % 8 == 0 and _alignment(cache) == _ALIGNMENT
+    wide = layout.head_dim % 8 == 0 and _alignment(cache) == RECORD_ALIGNMENT
     return [
         *(count, key_items),
         *extent(layout.heads),
         *extent(layout.layers),
         *extent(layout.tokens),
         *extent(cache.block_tokens),
-        *extent(-(-layout.tokens // group_tokens)),
+        *extent(scheme.groups(layout.tokens)),
         *extent(steps),
-        *(layout.head_dim, group_tokens, int(wide)),
+        *(layout.head_dim, scheme.group_tokens(layout.tokens), int(wide)),
         *(cache.token_stride, cache.head_stride),
         *(record.nbytes, record.value_codes, record.key_minima, record.value_minima),
         *(record.key_scales, record.value_scales),
@@ -237,9 +174,15 @@ def _words(
 
 
 def _job(
-    kernel: str, words: list[int], cache: PagedCache, addresses: Int64s, offsets: Int64s
+    kernel: str,
+    words: list[int],
+    cache: PagedCache,
+    addresses: Int64s,
+    places: Places,
 ) -> Job:
     bases = np.asarray(cache.bases, np.int64).ravel()
-    chunks_at = len(words) + 2 + bases.size
-    head = np.asarray([*words, chunks_at, chunks_at + addresses.size], np.int64)
-    return Job.of(kernel, words[0], head, bases, addresses, offsets.ravel())
+    chunks_at = len(words) + 3 + bases.size
+    first_at = chunks_at + addresses.size
+    blocks_at = first_at + places.first.size
+    head = np.asarray([*words, chunks_at, first_at, blocks_at], np.int64)
+    return Job.of(kernel, words[0], head, bases, addresses, places.first, places.offsets.ravel())

@@ -1,8 +1,9 @@
 """Quantising and its inverse in NumPy, to the bit what the kernels do.
 
-The format, its bounds and its source are in `quantised.py`. Every step is one float32 operation, in
-the kernels' order. A chunk's elements are of shape [layers, 2, heads, tokens, head_dim]: float32,
-float16, or for bfloat16 its bits as uint16.
+For an engine without a device: `encode` what is offloaded, `decode` what is loaded. The format is
+in `kvtier/encodings.py`; its bounds and its source are in `quantised.py`. Every step is one float32
+operation, in the kernels' order. A chunk's elements are of shape [layers, 2, heads, tokens,
+head_dim]: float32, float16, or for bfloat16 its bits as uint16.
 """
 
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.kernels.quantised import Record, Scheme
+from kvtier.encodings import Scheme
+from kvtier.errors import InvalidRequest
+from kvtier.kernels.quantised import scheme_and_record
 from kvtier.spaces import Layout
 
 Floats = NDArray[np.float32]
@@ -27,9 +30,18 @@ _LARGEST = {
 }
 
 
-def encode(elements: Elements, layout: Layout, scheme: Scheme) -> NDArray[np.uint8]:
-    """The bytes of a quantised chunk; those that mean nothing are 0."""
-    record = Record.of(layout, scheme)
+def encode(elements: Elements, layout: Layout) -> NDArray[np.uint8]:
+    """The `layout.nbytes` bytes of a quantised chunk; those that mean nothing are 0.
+
+    Raises InvalidRequest when the layout is exact or the elements are not a chunk's.
+    """
+    scheme, record = scheme_and_record(layout)
+    shape, stored = layout.shape, _stored(layout.dtype)
+    if elements.shape != shape or elements.dtype != stored:
+        raise InvalidRequest(
+            f"elements: {elements.dtype} of shape {elements.shape} given, a chunk of "
+            f"{layout.dtype} is {stored} of shape {shape}"
+        )
     chunk = np.zeros((layout.layers, layout.heads, record.nbytes), np.uint8)
     wide = widen(elements, layout.dtype)
     size = scheme.group_tokens(layout.tokens)
@@ -52,13 +64,20 @@ def encode(elements: Elements, layout: Layout, scheme: Scheme) -> NDArray[np.uin
     return chunk.ravel()
 
 
-def decode(chunk: NDArray[np.uint8], layout: Layout, scheme: Scheme) -> Elements:
-    """The elements that come back."""
-    record = Record.of(layout, scheme)
+def decode(chunk: NDArray[np.uint8] | memoryview, layout: Layout) -> Elements:
+    """The elements that come back of a quantised chunk.
+
+    Raises InvalidRequest when the layout is exact or the chunk is not of `layout.nbytes` bytes.
+    """
+    scheme, record = scheme_and_record(layout)
+    chunk = np.frombuffer(chunk, np.uint8)
+    if chunk.size != layout.nbytes:
+        raise InvalidRequest(
+            f"chunk: {chunk.size} bytes given, one of this layout has {layout.nbytes}"
+        )
     records = chunk.reshape(layout.layers, layout.heads, record.nbytes)
     tokens, dim = layout.tokens, layout.head_dim
-    group = np.arange(tokens) // scheme.group_tokens(tokens)
-    groups = int(group[-1]) + 1
+    groups, group = scheme.groups(tokens), np.arange(tokens) // scheme.group_tokens(tokens)
     wide = np.empty((layout.layers, 2, layout.heads, tokens, dim), np.float32)
     for layer, head in np.ndindex(layout.layers, layout.heads):
         one = records[layer, head]
@@ -130,7 +149,7 @@ def _packed(codes: Codes, scheme: Scheme) -> Codes:
 
 def _unpacked(record: Codes, at: int, layout: Layout, scheme: Scheme) -> Codes:
     """The codes that `_packed` packed, [tokens, head_dim]."""
-    row = -(-layout.head_dim * scheme.bits // 8)
+    row = scheme.row_bytes(layout.head_dim)
     codes = record[at : at + layout.tokens * row].reshape(layout.tokens, row)
     if scheme is Scheme.INT8:
         return codes
@@ -139,5 +158,10 @@ def _unpacked(record: Codes, at: int, layout: Layout, scheme: Scheme) -> Codes:
 
 
 def _numbers(record: Codes, at: int, count: int, dtype: str) -> Floats:
-    stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    stored = _stored(dtype)
     return widen(record[at : at + count * stored.itemsize].view(stored), dtype)
+
+
+def _stored(dtype: str) -> np.dtype[Any]:
+    """What NumPy holds elements of a dtype in."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Self
 
+from kvtier.encodings import ENCODINGS, EXACT, QUANTISED_DTYPES, Record, Scheme
 from kvtier.errors import InvalidRequest
 
 # Version of the chunk contents and of the digest below. Raised when either changes its meaning.
@@ -37,7 +38,9 @@ class Layout:
     """What the bytes of a chunk are: a contiguous array with the given axes, outermost first.
 
     `planes` is 2 for separate keys and values, 1 for a latent cache (MLA). `heads` counts KV heads
-    of this rank. Raises InvalidRequest when a field is out of range.
+    of this rank. `encoding` is "exact", or what the array is quantised to (`kvtier.encodings`):
+    that needs keys and values of a float type, and has an order of its own, so that `axes` stays
+    the canonical one. Raises InvalidRequest when a field is out of range.
     """
 
     dtype: str
@@ -49,6 +52,7 @@ class Layout:
     axes: str = CANONICAL_AXES
     rank: int = 0
     ranks: int = 1
+    encoding: str = EXACT
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -64,16 +68,40 @@ class Layout:
             raise InvalidRequest(
                 f"layout.axes: {self.axes[:200]!r} must name each of {CANONICAL_AXES} once"
             )
+        if self.encoding not in ENCODINGS:
+            raise InvalidRequest(
+                f"layout.encoding: {self.encoding[:200]!r} is not one of {list(ENCODINGS)}"
+            )
+        if self.encoding != EXACT:
+            self._check_can_be_quantised()
         _check_range("layout: the chunk's bytes", self.nbytes, 1, MAX_CHUNK_BYTES)
+
+    def _check_can_be_quantised(self) -> None:
+        for name, allowed in (
+            ("dtype", QUANTISED_DTYPES),
+            ("planes", (2,)),
+            ("axes", (CANONICAL_AXES,)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InvalidRequest(
+                    f"layout.{name}: {value!r} given, layout.encoding {self.encoding!r} takes "
+                    f"{' or '.join(map(repr, allowed))}; or keep such chunks {EXACT!r}"
+                )
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element, as it is before any encoding."""
         return ITEM_BYTES[self.dtype]
 
     @property
+    def scheme(self) -> Scheme | None:
+        """How chunks are quantised; None where they are exact."""
+        return None if self.encoding == EXACT else Scheme(self.encoding)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Extent of each axis, in the order of `axes`."""
+        """Extent of each axis of the elements, in the order of `axes`."""
         size = {
             "layer": self.layers,
             "plane": self.planes,
@@ -85,8 +113,22 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one chunk."""
-        return math.prod(self.shape) * self.itemsize
+        """Bytes of one chunk, as it is encoded."""
+        scheme = self.scheme
+        if scheme is None:
+            return math.prod(self.shape) * self.itemsize
+        record = Record.of(
+            scheme, tokens=self.tokens, head_dim=self.head_dim, itemsize=self.itemsize
+        )
+        return self.layers * self.heads * record.nbytes
+
+    def named_fields(self) -> dict[str, str | int]:
+        """Every field by its name. An exact layout does not mention its encoding: it is the layout
+        of services that knew no other, under the same digest."""
+        named = asdict(self)
+        if self.encoding == EXACT:
+            del named["encoding"]
+        return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +167,8 @@ class Space:
     def named_fields(self) -> dict[str, str]:
         """Every field that decides the digest, flat, by its dotted name."""
         flat = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "layout"}
-        flat.update({f"layout.{name}": str(value) for name, value in asdict(self.layout).items()})
+        layout = self.layout.named_fields()
+        flat.update({f"layout.{name}": str(value) for name, value in layout.items()})
         return flat
 
     @property
@@ -140,12 +183,13 @@ class Space:
 
     def differing_fields(self, other: "Space") -> list[str]:
         """Names of the fields in which two spaces differ."""
-        theirs = other.named_fields()
-        return [name for name, value in self.named_fields().items() if theirs[name] != value]
+        mine, theirs = self.named_fields(), other.named_fields()
+        return [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
 
     def to_json(self) -> bytes:
         """The space as JSON, for the disk tier's metadata."""
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        document = asdict(self) | {"layout": self.layout.named_fields()}
+        return json.dumps(document, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, encoded: bytes) -> Self:

@@ -26,9 +26,10 @@
 //   25      bytes of a chunk's record of one layer and head
 //   26..30  where in a record these begin: codes of values, minima of keys, minima of values,
 //           scales of keys, scales of values; codes of keys are at 0
-//   31, 32  number of the word at which the chunks begin, and the blocks
-//   33...   addresses in the cache of each layer's keys and values
+//   31..33  number of the word at which the chunks begin, their first tokens, and the blocks
+//   34...   addresses in the cache of each layer's keys and values
 //   then    addresses of the chunks
+//   then    of each chunk, the first token to dequantise
 //   then    of each chunk, for each block, bytes from a plane's address to it
 #include "numbers.cuh"
 
@@ -53,8 +54,9 @@ enum QuantisedJob {
     QUANTISED_KEY_SCALES = 29,
     QUANTISED_VALUE_SCALES = 30,
     QUANTISED_CHUNKS_AT = 31,
-    QUANTISED_BLOCKS_AT = 32,
-    QUANTISED_BASES_AT = 33,
+    QUANTISED_FIRST_AT = 32,
+    QUANTISED_BLOCKS_AT = 33,
+    QUANTISED_BASES_AT = 34,
 };
 
 // One layer and head of one chunk: where its record is, and where its tokens are in the cache.
@@ -63,6 +65,7 @@ struct Place {
     const long long* __restrict__ offsets;  // of the chunk's blocks
     Extent block;
     long long record;
+    long long first_token;  // to dequantise
     long long base[2];  // of keys, of values; with the head
 
     __device__ __forceinline__ Place(const long long* __restrict__ words, unsigned rest)
@@ -74,6 +77,7 @@ struct Place {
         const long long tokens = job[QUANTISED_TOKENS];
         const long long blocks = (tokens + block.count - 1) / block.count;
         offsets += job[QUANTISED_BLOCKS_AT] + chunk * blocks;
+        first_token = job[job[QUANTISED_FIRST_AT] + chunk];
         record = job[job[QUANTISED_CHUNKS_AT] + chunk] +
                  (layer * heads.count + head) * job[QUANTISED_RECORD_BYTES];
         for (int plane = 0; plane < 2; ++plane) {
@@ -292,6 +296,7 @@ static __device__ __forceinline__ void dequantise(const long long* __restrict__ 
         const unsigned first = EIGHT * steps.take(rest);
         const unsigned token = tokens.take(rest);
         const Place place(job, rest);
+        if (token < place.first_token) continue;
         const unsigned count = channels - first;
         const long long codes_at = token * code_bytes<bits>(channels) + first * bits / 8;
         const long long to = place.token(token) + first * static_cast<long long>(sizeof(Bits));

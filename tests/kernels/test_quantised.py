@@ -10,27 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kvtier.encodings import INT4_GROUP_TOKENS, Scheme
+from kvtier.encodings import QUANTISED_DTYPES as DTYPES
 from kvtier.errors import InvalidRequest
 from kvtier.kernels import quantised_reference as reference
 from kvtier.kernels.compiled import HostKernels
 from kvtier.kernels.device import Place, Region, Span
-from kvtier.kernels.paged import Job, PagedCache
-from kvtier.kernels.quantised import (
-    DTYPES,
-    INT4_GROUP_TOKENS,
-    Record,
-    Scheme,
-    dequantise,
-    encoded_bytes,
-    quantise,
-)
+from kvtier.kernels.paged import Job, PagedCache, gather, scatter
+from kvtier.kernels.quantised import dequantise, quantise, scheme_and_record
 from kvtier.spaces import Layout
+from tests.kernels.quantised_bound import bound
 
 Elements = NDArray[Any]
 STORED = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
-# Of kvtier/kernels/quantised.py: what one rounding to the type may cost, relative and absolute.
-RELATIVE = {"float32": 2.0**-23, "float16": 2.0**-11 + 2.0**-23, "bfloat16": 2.0**-8 + 2.0**-23}
-ABSOLUTE = {"float32": 2.0**-148, "float16": 2.0**-25, "bfloat16": 2.0**-134}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +83,10 @@ def layouts(draw: st.DrawFn) -> Layout:
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 64]))),
         tokens=draw(st.one_of(st.integers(1, 70), st.sampled_from([31, 32, 33, 64]))),
+        encoding=draw(st.sampled_from(Scheme)).value,
     )
 
 
-schemes = st.sampled_from(Scheme)
 makers = st.sampled_from([wild, tiny, numbers])
 seeds = st.integers(0, 2**32)
 
@@ -107,18 +99,18 @@ def slots(layout: Layout, block_tokens: int) -> tuple[int, int]:
 @settings(max_examples=150, deadline=None)
 @given(
     layout=layouts(),
-    scheme=schemes,
     make=makers,
     seed=seeds,
     block=st.tuples(st.integers(1, 20), st.sampled_from([0, 0, 1, 8])),
+    first=st.one_of(st.just(0), st.integers(0, 69)),
 )
 def test_the_kernels_are_the_reference_to_the_bit(
     kernels: HostKernels,
     layout: Layout,
-    scheme: Scheme,
     make: Callable[..., NDArray[Any]],
     seed: int,
     block: tuple[int, int],
+    first: int,
 ) -> None:
     block_tokens, pad = block  # pad: elements between one row and the next
     rng = np.random.default_rng(seed)
@@ -130,12 +122,12 @@ def test_the_kernels_are_the_reference_to_the_bit(
     bits[...] = make(rng, layout.dtype, full)
     array = bits[..., :dim]
     cache = PagedCache.of([array], "layer,plane,block,head,token,dim")
-    nbytes = encoded_bytes(layout, scheme)
+    nbytes = layout.nbytes
     encoded = [aligned(nbytes) for _ in range(chunks)]
     spans = [span_of(memory) for memory in encoded]
     tables = table.tolist()
 
-    run(kernels, quantise(cache, layout, scheme, spans, tables))
+    run(kernels, quantise(cache, layout, spans, tables))
 
     decoded = wild(rng, layout.dtype, full)
     bits_before = bits.copy()
@@ -143,76 +135,57 @@ def test_the_kernels_are_the_reference_to_the_bit(
         paged = array[:, :, ids].transpose(0, 1, 3, 2, 4, 5)
         whole = paged.reshape(layers, 2, heads, padded, dim)[..., : layout.tokens, :]
         ordered = elements_of(np.ascontiguousarray(whole), layout.dtype)
-        assert np.array_equal(chunk, reference.encode(ordered, layout, scheme))
-        back = reference.decode(chunk, layout, scheme).view(STORED[layout.dtype])
+        assert np.array_equal(chunk, reference.encode(ordered, layout))
+        back = reference.decode(chunk, layout).view(STORED[layout.dtype])
         expected = np.zeros((layers, 2, heads, padded, dim), back.dtype)
         expected[..., : layout.tokens, :] = back
         paged = expected.reshape(layers, 2, heads, blocks, block_tokens, dim).transpose(
             0, 1, 3, 2, 4, 5
         )
         decoded[:, :, ids, ..., :dim] = paged
-    # Tokens after a chunk's last and what pads a row are nobody's.
+    # Tokens before a chunk's first and after its last, and what pads a row, are nobody's.
+    first_tokens = [first % layout.tokens, 0]
     nobodys = np.ones(full, bool)
-    for ids in table:
+    for ids, begin in zip(table, first_tokens, strict=True):
         mine = np.zeros((layers, 2, blocks, heads, block_tokens, dim + pad), bool)
-        within = np.arange(padded).reshape(blocks, 1, block_tokens, 1) < layout.tokens
-        mine[..., :dim] = within
+        tokens = np.arange(padded).reshape(blocks, 1, block_tokens, 1)
+        mine[..., :dim] = (begin <= tokens) & (tokens < layout.tokens)
         nobodys[:, :, ids] &= ~mine
     decoded[nobodys] = bits_before[nobodys]
 
-    run(kernels, dequantise(cache, layout, scheme, spans, tables))
+    for skipped in range(first_tokens[0] // block_tokens):
+        tables[0][skipped] = -1  # is not looked at
+    run(kernels, dequantise(cache, layout, spans, tables, first_tokens))
     assert np.array_equal(bits, decoded)
 
 
-def bound(layout: Layout, scheme: Scheme, values: Elements, chunk: NDArray[np.uint8]) -> Elements:
-    """How far each element may be off, with the scales that the chunk has."""
-    shape = (layout.layers, layout.heads, layout.tokens, layout.head_dim)
-    record = Record.of(layout, scheme)
-    records = chunk.reshape(layout.layers, layout.heads, record.nbytes)
-
-    def scales(at: int, count: int) -> Elements:
-        raw = np.ascontiguousarray(records[..., at : at + 2 * count]).view(np.uint16)
-        return reference.widen(raw, "bfloat16").astype(np.float64)
-
-    size = scheme.group_tokens(layout.tokens)
-    groups = -(-layout.tokens // size)
-    keys = scales(record.key_scales, groups * layout.head_dim)
-    keys = keys.reshape(*shape[:2], groups, layout.head_dim)
-    keys = keys[:, :, np.arange(layout.tokens) // size]
-    of_values = np.broadcast_to(scales(record.value_scales, layout.tokens)[..., None], shape)
-    scale = np.stack([keys, of_values], axis=1)
-    unit = RELATIVE[layout.dtype]
-    result: Elements = (0.5 + 2.0**-14) * scale + unit * (abs(values) + scale)
-    return result + ABSOLUTE[layout.dtype]
-
-
 @settings(max_examples=300, deadline=None)
-@given(layout=layouts(), scheme=schemes, make=makers, seed=seeds)
+@given(layout=layouts(), make=makers, seed=seeds)
 def test_the_error_has_a_bound(
-    layout: Layout, scheme: Scheme, make: Callable[..., NDArray[Any]], seed: int
+    layout: Layout, make: Callable[..., NDArray[Any]], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     shape = (layout.layers, 2, layout.heads, layout.tokens, layout.head_dim)
     elements = elements_of(make(rng, layout.dtype, shape), layout.dtype)
     with np.errstate(invalid="ignore"):  # a signalling NaN
         values = reference.widen(elements, layout.dtype).astype(np.float64)
-    chunk = reference.encode(elements, layout, scheme)
-    back = reference.decode(chunk, layout, scheme)
+    chunk = reference.encode(elements, layout)
+    back = reference.decode(chunk, layout)
     result = reference.widen(back, layout.dtype).astype(np.float64)
     assert np.isfinite(result).all()
     finite = np.isfinite(values)
-    allowed = bound(layout, scheme, np.where(finite, values, 0), chunk)
+    allowed = bound(layout, np.where(finite, values, 0), chunk)
     assert (abs(result - values)[finite] <= allowed[finite]).all()
 
 
 @settings(max_examples=100, deadline=None)
-@given(layout=layouts(), scheme=schemes, seed=seeds)
-def test_a_scale_is_a_step_of_the_range(layout: Layout, scheme: Scheme, seed: int) -> None:
+@given(layout=layouts(), seed=seeds)
+def test_a_scale_is_a_step_of_the_range(layout: Layout, seed: int) -> None:
     shape = (layout.layers, 2, layout.heads, layout.tokens, layout.head_dim)
     elements = numbers(np.random.default_rng(seed), layout.dtype, shape)
     elements = elements_of(elements, layout.dtype)
-    chunk = reference.encode(elements, layout, scheme)
-    record = Record.of(layout, scheme)
+    chunk = reference.encode(elements, layout)
+    scheme, record = scheme_and_record(layout)
     stored = chunk.reshape(layout.layers, layout.heads, -1)[0, 0, record.value_scales :]
     scales = reference.widen(stored[: 2 * layout.tokens].view(np.uint16), "bfloat16")
     tokens = reference.widen(elements, layout.dtype)[0, 1, 0].astype(np.float64)
@@ -223,14 +196,14 @@ def test_a_scale_is_a_step_of_the_range(layout: Layout, scheme: Scheme, seed: in
 
 def key_channel(dtype: str, scheme: Scheme, values: list[float]) -> list[float]:
     """What comes back of one channel of keys whose other plane is 0."""
-    layout = Layout(dtype, layers=1, heads=1, head_dim=1, tokens=len(values))
+    layout = Layout(dtype, layers=1, heads=1, head_dim=1, tokens=len(values), encoding=scheme.value)
     wide = np.zeros((1, 2, 1, len(values), 1), np.float32)
     wide[0, 0, 0, :, 0] = values
     if dtype == "bfloat16":  # of these, all have 8 bits
         elements = (wide.view(np.uint32) >> 16).astype(np.uint16)
     else:
         elements = wide.astype(dtype)
-    back = reference.decode(reference.encode(elements, layout, scheme), layout, scheme)
+    back = reference.decode(reference.encode(elements, layout), layout)
     channel: list[float] = reference.widen(back, dtype)[0, 0, 0, :, 0].tolist()
     return channel
 
@@ -278,32 +251,36 @@ def test_a_constant_channel_comes_back_exactly(dtype: str) -> None:
 def test_every_half_is_widened_and_narrowed_as_numpy_does(kernels: HostKernels) -> None:
     # A constant channel comes back as it is, but for -0 and what is not finite.
     every = np.arange(1 << 16, dtype=np.uint16)
-    layout = Layout("float16", layers=1, heads=1, head_dim=1 << 15, tokens=1)
+    layout = Layout(
+        "float16", layers=1, heads=1, head_dim=1 << 15, tokens=1, encoding=Scheme.INT8.value
+    )
     bits = aligned(2 << 16).view(np.uint16)
     bits[...] = every
     planes = bits.reshape(2, 1, 1, 1 << 15)  # keys are the positive ones
     cache = PagedCache.of([planes], "plane,block,token,dim")
-    chunk = aligned(encoded_bytes(layout, Scheme.INT8))
-    run(kernels, quantise(cache, layout, Scheme.INT8, [span_of(chunk)], [[0]]))
+    chunk = aligned(layout.nbytes)
+    run(kernels, quantise(cache, layout, [span_of(chunk)], [[0]]))
     planes[0] = 0
-    run(kernels, dequantise(cache, layout, Scheme.INT8, [span_of(chunk)], [[0]]))
+    run(kernels, dequantise(cache, layout, [span_of(chunk)], [[0]]))
     keys = every[: 1 << 15]
     finite = np.isfinite(keys.view(np.float16))
     assert np.array_equal(bits[: 1 << 15], np.where(finite, keys, 0))
 
 
 def test_a_quantised_chunk_is_smaller() -> None:
-    layout = Layout("bfloat16", layers=1, heads=1, head_dim=128, tokens=256)
+    exact = Layout("bfloat16", layers=1, heads=1, head_dim=128, tokens=256)
     keys_and_values = 2 * 256 * 128
-    assert encoded_bytes(layout, Scheme.INT8) == keys_and_values + 4 * 128 + 4 * 256
+    int8 = replace(exact, encoding=Scheme.INT8.value)
+    assert int8.nbytes == keys_and_values + 4 * 128 + 4 * 256
+    int4 = replace(exact, encoding=Scheme.INT4.value)
     groups = 256 // INT4_GROUP_TOKENS
-    assert encoded_bytes(layout, Scheme.INT4) == keys_and_values // 2 + groups * 4 * 128 + 4 * 256
+    assert int4.nbytes == keys_and_values // 2 + groups * 4 * 128 + 4 * 256
 
 
-LAYOUT = Layout("float16", layers=2, heads=2, head_dim=8, tokens=10)
+LAYOUT = Layout("float16", layers=2, heads=2, head_dim=8, tokens=10, encoding=Scheme.INT8.value)
 HALVES = aligned(2 * 6 * 4 * 2 * 9 * 2).view(np.float16).reshape(2, 6, 4, 2, 9)
 CACHE = PagedCache.of([HALVES[..., :8]] * 2, "plane,block,token,head,dim")
-NBYTES = encoded_bytes(LAYOUT, Scheme.INT8)
+NBYTES = LAYOUT.nbytes
 REGION = Region(Place.DEVICE, 4096, NBYTES + 8)
 CHUNK = REGION.span(0, NBYTES)
 
@@ -312,9 +289,7 @@ CHUNK = REGION.span(0, NBYTES)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"layout": replace(LAYOUT, planes=1)}, "layout.planes: 1 given; quantising takes 2"),
-        ({"layout": replace(LAYOUT, planes=3)}, "layout.planes: 3 given"),
-        ({"layout": replace(LAYOUT, dtype="int8")}, "layout.dtype: 'int8' cannot be quantised"),
+        ({"layout": replace(LAYOUT, encoding="exact")}, "layout.encoding: 'exact' given; name"),
         ({"layout": replace(LAYOUT, heads=1)}, "layout.heads: 1 given, the cache has 2"),
         ({"chunks": [REGION.span(0, NBYTES - 1)]}, r"chunks\[0\]: .* bytes given"),
         ({"chunks": [REGION.span(8, NBYTES)]}, "chunks: an address is no multiple of 16"),
@@ -330,7 +305,6 @@ def test_a_bad_request_is_refused(
     good = {
         "cache": CACHE,
         "layout": LAYOUT,
-        "scheme": Scheme.INT8,
         "chunks": [CHUNK],
         "tables": [[5, 0, 1]],
     }
@@ -340,6 +314,46 @@ def test_a_bad_request_is_refused(
 
 
 def test_a_block_is_written_once() -> None:
-    quantise(CACHE, LAYOUT, Scheme.INT8, [CHUNK], [[0, 0, 1]])
+    quantise(CACHE, LAYOUT, [CHUNK], [[0, 0, 1]])
     with pytest.raises(InvalidRequest, match="a block is named twice"):
-        dequantise(CACHE, LAYOUT, Scheme.INT8, [CHUNK], [[0, 0, 1]])
+        dequantise(CACHE, LAYOUT, [CHUNK], [[0, 0, 1]])
+
+
+@pytest.mark.parametrize("first_token", [-1, 10, [1, 2], []])
+def test_a_first_token_outside_the_chunk_is_refused(first_token: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"first_token: .* 0 to 9"):
+        dequantise(CACHE, LAYOUT, [CHUNK], [[5, 0, 1]], first_token)
+
+
+def test_exact_jobs_do_not_move_quantised_chunks() -> None:
+    for job in (gather, scatter):
+        with pytest.raises(InvalidRequest, match=r"layout\.encoding: 'kivi-int8' given"):
+            job(CACHE, LAYOUT, [CHUNK], [[5, 0, 1]])
+
+
+# ── without a device ──────────────────────────────────────────────────────────────────────────────
+
+ELEMENTS = np.zeros(LAYOUT.shape, np.float16)
+
+
+@pytest.mark.parametrize(
+    ("elements", "layout", "message"),
+    [
+        (ELEMENTS, replace(LAYOUT, encoding="exact"), "layout.encoding: 'exact' given"),
+        (ELEMENTS[1:], LAYOUT, r"elements: float16 of shape \(1, 2, 2, 10, 8\) given"),
+        (ELEMENTS.view(np.uint16), LAYOUT, "elements: uint16 of .* is float16"),
+        (ELEMENTS, replace(LAYOUT, dtype="bfloat16"), "elements: float16 of .* is uint16"),
+    ],
+)
+def test_what_is_no_chunk_is_not_encoded(elements: Elements, layout: Layout, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        reference.encode(elements, layout)
+
+
+def test_what_is_no_chunk_is_not_decoded() -> None:
+    chunk = reference.encode(ELEMENTS, LAYOUT).data
+    assert np.array_equal(reference.decode(chunk, LAYOUT), ELEMENTS)
+    with pytest.raises(InvalidRequest, match=f"chunk: {NBYTES - 1} bytes given"):
+        reference.decode(chunk[1:], LAYOUT)
+    with pytest.raises(InvalidRequest, match=r"layout\.encoding"):
+        reference.decode(chunk, replace(LAYOUT, encoding="exact"))
