@@ -1,4 +1,4 @@
-"""An NVIDIA GPU, through CuPy: the only module that knows CUDA.
+"""An NVIDIA GPU, through CuPy, which no other module imports.
 
 Nothing of CUDA is loaded before a device is opened. Of CuPy, only thin wrappers of CUDA are used.
 """
@@ -6,7 +6,6 @@ Nothing of CUDA is loaded before a device is opened. Of CuPy, only thin wrappers
 import ctypes
 import logging
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +14,11 @@ from functools import partial
 from typing import Any
 
 from kvtier.kernels.cubins import INSTALL, GpuKernels
+from kvtier.kernels.cuda_driver import Driver, driver_release
 from kvtier.kernels.device import (
     HANDLE_BYTES,
     DeviceError,
+    DeviceFault,
     Event,
     OutOfDeviceMemory,
     Place,
@@ -32,98 +33,21 @@ from kvtier.kernels.device import (
 _BLOCK_BYTES = 2 << 20
 _REGISTER_PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
 _PRIORITIES = {Urgency.LOADS: -5, Urgency.OFFLOADS: 0}  # CUDA clamps to what the device has
-_LEGACY_STREAMS = (0, 1)  # NULL and cudaStreamLegacy: refused by cuMemcpyBatchAsync
-# CUmemcpyAttributes: read sources in stream order; no hints of where they are, no flags.
-_COPY_ATTRIBUTES = struct.pack("6i", 1, 0, 0, 0, 0, 0)
-_OUT_OF_MEMORY, _NOT_READY = 2, 600  # of cudaError_t, which are CUresult's numbers, too
-# Any further work fails alike, "the process must be terminated" (Runtime API, cudaError).
-_FATAL = (700, 702, 710, *range(714, 720), 721)
+_OUT_OF_MEMORY = 2  # of cudaError_t, which are CUresult's numbers, too
+# Any further work fails alike, "the process must be terminated" (Runtime API, cudaError); 214 is
+# memory that lost its bytes.
+_FATAL = (214, 700, 702, 710, *range(714, 720), 721)
 _REMEDIES = {
     3: "CUDA cannot be used in a forked child; start processes by spawn",
     35: "the driver is older than CuPy's CUDA; update it, or install the cupy package for its CUDA",
     **dict.fromkeys((100, 101), "no such GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"),
     201: "a process cannot open what it exported through another device object",
+    400: "no such stream or event; what another library made must live until its work is done",
     712: "that memory is pinned already; release it first",
     **dict.fromkeys(_FATAL, "work failed, and so will all that follows; restart the process"),
 }
 
 _log = logging.getLogger(__name__)
-
-
-class _DriverError(RuntimeError):  # with its status, as CuPy's
-    def __init__(self, status: int, where: str = "") -> None:
-        self.status = status
-        super().__init__(f"CUDA error {status}{where}")
-
-
-class _Driver:
-    """What CuPy does not wrap, from the driver itself, for one GPU. Raises _DriverError."""
-
-    def __init__(self, index: int) -> None:
-        try:
-            self._cuda = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            no_driver = f'no NVIDIA driver: {error}; install it, or use device "host"'
-            raise DeviceError(f"cuda:{index}: {no_driver}") from error
-        self.index = index
-        self._context = ctypes.c_void_p()
-        self._copy_batch = self._find_copy_batch()
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Make the GPU current for this thread, and then what was before, if any.
-
-        Not by cudaSetDevice: since CUDA 12 it makes a context where it finds none, so that putting
-        back device 0, a new thread's, takes half a GB of a GPU that this process does not use.
-        """
-        if (
-            self._context.value is None
-        ):  # the one that all libraries of this process share, and none ends
-            device = ctypes.c_int()
-            self._call("cuInit", 0)
-            self._call("cuDeviceGet", ctypes.byref(device), self.index)
-            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            yield
-        finally:  # whatever it returns may be about work
-            self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-
-    def is_pending(self, event: int) -> bool:
-        """Whether work before an event is not done. It is done where it failed."""
-        # To the runtime "not ready" is this thread's last error, which other libraries read, too.
-        return int(self._cuda.cuEventQuery(ctypes.c_void_p(event))) == _NOT_READY
-
-    def allocation_of(self, address: int) -> tuple[int, int]:
-        """Address and size in bytes of the allocation that an address is in."""
-        base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        found = ctypes.byref(base), ctypes.byref(size)
-        self._call("cuMemGetAddressRange_v2", *found, ctypes.c_uint64(address))
-        return base.value, size.value
-
-    def copy_batch(self, stream: int, triples: Sequence[tuple[int, int, int]]) -> bool:
-        """Queue copies of (to, from, bytes) in one call; False where the driver has no such."""
-        if self._copy_batch is None or len(triples) < 2 or stream in _LEGACY_STREAMS:
-            return False
-        columns = [(ctypes.c_uint64 * len(triples))(*each) for each in zip(*triples, strict=True)]
-        first, failed = ctypes.c_uint64(0), ctypes.c_uint64(0)
-        attributes = (_COPY_ATTRIBUTES, ctypes.addressof(first), 1, ctypes.addressof(failed))
-        if status := self._copy_batch(*columns, len(triples), *attributes, stream):
-            raise _DriverError(status, f" at {failed.value} of {len(triples)}")
-        return True
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self._cuda, name)(*arguments):
-            raise _DriverError(status)
-
-    def _find_copy_batch(self) -> Any:
-        # CUDA 13 dropped an argument; asking for 12.8's gives its signature from any later driver.
-        find = getattr(self._cuda, "cuGetProcAddress_v2", None)
-        found, status = ctypes.c_void_p(), ctypes.c_int()
-        asked = (b"cuMemcpyBatchAsync", ctypes.byref(found), 12080, ctypes.c_uint64(0))
-        if find is None or find(*asked, ctypes.byref(status)) or not found.value:
-            return None
-        return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 9)(found.value)
 
 
 @dataclass(eq=False, slots=True)
@@ -183,13 +107,14 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
-        self.driver = _Driver(index)
+        self.driver = Driver(index)
         try:
             import cupy  # noqa: PLC0415
         except ImportError as error:
             raise DeviceError(f"{self.name}: CuPy: {error}; {INSTALL}") from error
         self.cuda: Any = cupy.cuda
         self.runtime: Any = cupy.cuda.runtime
+        self._cupy = str(cupy.__version__)
         self._process = os.getpid()
         self._closed = False
         self._held: dict[Region, _Held] = {}
@@ -221,8 +146,10 @@ class CudaDevice:
             with self.driver.current():
                 yield
         except RuntimeError as error:  # CuPy's for the runtime, the driver and NVRTC, and ours
-            remedy = _REMEDIES.get(getattr(error, "status", 0), "see CUDA's documentation")
-            raise DeviceError(f"{call}: {self.name}: {error}; {remedy}") from error
+            status = getattr(error, "status", 0)
+            remedy = _REMEDIES.get(status, "see CUDA's documentation")
+            kind = DeviceFault if status in _FATAL else DeviceError
+            raise kind(f"{call}: {self.name}: {error}; {remedy}") from error
 
     @contextmanager
     def opened(self, call: str) -> Iterator[None]:
@@ -352,6 +279,17 @@ class CudaDevice:
         with self.opened("launch"):
             self._kernels.launch(stream.handle, kernel, threads, job)
 
+    def describe(self) -> dict[str, str]:
+        with self.opened("describe"):
+            model = self.runtime.getDeviceProperties(self.driver.index)["name"]
+            return {
+                "model": model.decode(),
+                "driver": driver_release(),
+                "driver_cuda": _dotted(self.runtime.driverGetVersion()),
+                "runtime_cuda": _dotted(self.runtime.runtimeGetVersion()),
+                "cupy": self._cupy,
+            }
+
     def close(self) -> None:
         if os.getpid() != self._process:  # in a forked child all is the parent's
             return
@@ -398,3 +336,8 @@ def _check_size(call: str, nbytes: int) -> None:
 def _check_room(there: int, wanted: int) -> None:
     if there < wanted:
         raise DeviceError(f"open: {wanted} bytes wanted, the exported memory has {there}")
+
+
+def _dotted(version: int) -> str:
+    """A version of CUDA as people write it: 13020 is 13.2."""
+    return f"{version // 1000}.{version % 1000 // 10}"

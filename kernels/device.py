@@ -22,6 +22,11 @@ class DeviceError(KvtierError):
     """The device, its driver or its runtime refused; the message says what and what to do."""
 
 
+class DeviceFault(DeviceError):
+    """Work failed on the device, and what is queued behind it is not done. On a GPU that holds for
+    all further work of the process (CUDA Runtime API, cudaError)."""
+
+
 class OutOfDeviceMemory(DeviceError):
     """The device has not as much free memory as was asked for."""
 
@@ -71,7 +76,7 @@ class Event(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Block until it is. Raises DeviceError where that work failed."""
+        """Block until it is. Raises DeviceFault where that work failed."""
         ...
 
 
@@ -92,7 +97,7 @@ class Stream(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Block until all work that is queued now is done. Raises DeviceError where it failed."""
+        """Block until all work that is queued now is done. Raises DeviceFault where it failed."""
         ...
 
 
@@ -162,6 +167,10 @@ class Device(Protocol):
         that the kernel says; the device keeps the copy. Raises DeviceError when the kernel cannot
         be compiled or started, ValueError for a job that cannot be right.
         """
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What its figures rest on: its "model", and by name the versions of what it runs with."""
         ...
 
     def close(self) -> None:

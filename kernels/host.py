@@ -165,6 +165,9 @@ class HostDevice:
         words, run = (ctypes.c_int64 * (len(job) // 8)).from_buffer_copy(job), self._kernels.run
         self._queue(stream, lambda: run(kernel, threads, ctypes.addressof(words)))
 
+    def describe(self) -> dict[str, str]:
+        return {"model": self.name}
+
     def close(self) -> None:
         if self._order.forked:  # its threads and memory are the parent's
             return

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from kvtier.kernels.device import DeviceError, Event
+from kvtier.kernels.device import DeviceError, DeviceFault, Event
 
 _MOST_POLLS = 4  # with Chaos, after how many an event is done
 
@@ -35,7 +35,7 @@ class HostEvent:
     def __init__(self, stream: "HostStream") -> None:
         self.stream = stream
         self.finished = threading.Event()
-        self.error: DeviceError | None = None
+        self.error: DeviceFault | None = None
         self.polls = 0
 
     @property
@@ -54,7 +54,7 @@ class HostEvent:
             self.stream.order.push(self)
             self.finished.wait()
         if self.error is not None:
-            raise DeviceError(str(self.error)) from self.error
+            raise DeviceFault(str(self.error)) from self.error
 
 
 # One step of a stream, and the event that it comes after.
@@ -67,7 +67,7 @@ class HostStream:
     def __init__(self, handle: int, order: "Order") -> None:
         self.handle = handle
         self.order = order
-        self.failed: DeviceError | None = None
+        self.failed: DeviceFault | None = None
 
     def record(self) -> Event:
         event = HostEvent(self)
@@ -98,7 +98,7 @@ class HostStream:
         except BaseException as error:  # noqa: BLE001
             # Without its traceback, which would keep memory mapped.
             reason = str(error) or type(error).__name__
-            self.failed = DeviceError(f"work on stream {self.handle} failed: {reason}")
+            self.failed = DeviceFault(f"work on stream {self.handle} failed: {reason}")
 
 
 class Order:

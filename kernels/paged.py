@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.errors import InvalidRequest
+from kvtier.kernels.arrays import Array
 from kvtier.kernels.device import Span
 from kvtier.spaces import Layout
 
@@ -23,61 +24,8 @@ MOST_ITEMS = (1 << 31) - 1  # the kernels number their items in 31 bits
 MOST_THREADS = 1 << 20  # more than any GPU runs at once; threads loop over what is left
 _WIDEST = 16  # bytes of the widest access
 _PLANES_PER_ITEM = 4  # as in paged.cu
-
 Int64s = NDArray[np.int64]
 _OPTIONAL_AXES = {"layer", "plane", "head"}
-
-
-@dataclass(frozen=True, slots=True)
-class Array:
-    """Where an array's elements are: address, extents, strides in bytes, bytes of an element."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides_bytes: tuple[int, ...]
-    itemsize: int
-
-    @classmethod
-    def of(cls, source: Any) -> Self:
-        """An array, or what a tensor or an object with an array interface says of itself.
-
-        Looks for `data_ptr`, `shape`, `stride` and `element_size`, then `__cuda_array_interface__`,
-        then `__array_interface__`. Raises InvalidRequest for anything else. Does not keep the
-        memory alive.
-        """
-        if isinstance(source, Array):
-            return cls(source.address, source.shape, source.strides_bytes, source.itemsize)
-        if hasattr(source, "data_ptr"):
-            size = int(source.element_size())
-            strides = tuple(int(step) * size for step in source.stride())
-            return cls(int(source.data_ptr()), tuple(source.shape), strides, size)
-        names = ("__cuda_array_interface__", "__array_interface__")
-        interface = next((getattr(source, name) for name in names if hasattr(source, name)), None)
-        if interface is None:
-            raise InvalidRequest(
-                f"array: a {type(source).__name__} tells no address and strides; "
-                "give a tensor or an object with an array interface"
-            )
-        shape = tuple(interface["shape"])
-        size = int(interface["typestr"][2:])
-        strides = interface.get("strides")
-        if strides is None:  # means that it is contiguous
-            strides = tuple(math.prod(shape[axis + 1 :]) * size for axis in range(len(shape)))
-        return cls(int(interface["data"][0]), shape, tuple(strides), size)
-
-    def split(self, axis: int, outer: int) -> Self:
-        """The same elements with one axis, counted from 0, cut into `outer` times the rest.
-
-        For keys and values side by side: 2 * dim becomes plane, dim. Raises InvalidRequest when
-        the extent is no multiple of `outer`.
-        """
-        if outer < 1 or self.shape[axis] % outer:
-            raise InvalidRequest(f"array: {self.shape[axis]} cannot be split into {outer}")
-        inner, step = self.shape[axis] // outer, self.strides_bytes[axis]
-        shape, strides = list(self.shape), list(self.strides_bytes)
-        shape[axis : axis + 1] = [outer, inner]
-        strides[axis : axis + 1] = [inner * step, step]
-        return type(self)(self.address, tuple(shape), tuple(strides), self.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +114,57 @@ class PagedCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where chunks' tokens are in a cache: tables that were checked, once for all layers.
+
+    `offsets` are bytes from a plane's address to each block, [chunks, blocks of a chunk]; blocks of
+    nothing but tokens before the chunk's first one, which `first` [chunks] counts, are at 0.
+    """
+
+    offsets: Int64s
+    first: Int64s
+
+    @classmethod
+    def of(
+        cls,
+        cache: PagedCache,
+        layout: Layout,
+        tables: Sequence[Sequence[int]],
+        first_token: int | Sequence[int] = 0,
+        *,
+        written: bool = False,
+    ) -> Self:
+        """Check tables and first tokens as `gather` takes them, for blocks that are to be `written`
+        also that each is once. Raises InvalidRequest."""
+        first = _first_tokens(layout, first_token, len(tables))
+        blocks = -(-layout.tokens // cache.block_tokens)
+        for c, table in enumerate(tables):
+            if len(table) != blocks:
+                raise InvalidRequest(
+                    f"tables[{c}]: {len(table)} blocks given, {layout.tokens} tokens take {blocks} "
+                    f"of {cache.block_tokens}"
+                )
+        ids = np.asarray(tables, np.int64).reshape(len(tables), blocks)
+        used = np.arange(blocks) >= (first // cache.block_tokens)[:, None]
+        wrong = np.argwhere(used & ((ids < 0) | (ids >= cache.blocks)))
+        if len(wrong):
+            c, b = wrong[0]
+            raise InvalidRequest(
+                f"tables[{c}][{b}]: block {ids[c, b]} given, the cache has {cache.blocks}"
+            )
+        if written and len(np.unique(ids[used])) != used.sum():
+            raise InvalidRequest("tables: a block is named twice; each block is written once")
+        return cls(np.where(used, ids, 0) * cache.block_stride, first)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, chunks: Sequence[int]) -> "Places":
+        """Those of some chunks, in that order."""
+        return Places(self.offsets[chunks], self.first[chunks])
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What `Device.launch` takes: a kernel's name, how many threads, and its 64-bit words."""
 
@@ -203,8 +202,7 @@ def gather(
     a table has another number of blocks or an id that the cache has not, or when layers or first
     tokens are out of range.
     """
-    pieces = _pieces(cache, layout, chunks, tables, first_token)
-    return _encode("gather", cache, layout, _Rows.merged(cache, layout, layers), pieces)
+    return gather_at(cache, layout, chunks, Places.of(cache, layout, tables, first_token), layers)
 
 
 def scatter(
@@ -219,8 +217,31 @@ def scatter(
 
     Raises InvalidRequest also when a block is written twice.
     """
-    pieces = _pieces(cache, layout, chunks, tables, first_token)
-    check_blocks_differ(pieces[:, 1])
+    places = Places.of(cache, layout, tables, first_token, written=True)
+    return scatter_at(cache, layout, chunks, places, layers)
+
+
+def gather_at(
+    cache: PagedCache,
+    layout: Layout,
+    chunks: Sequence[Span],
+    places: Places,
+    layers: range | None = None,
+) -> Job:
+    """As `gather`, of tables that were checked."""
+    pieces = _pieces(cache, layout, chunks, places)
+    return _encode("gather", cache, layout, _Rows.merged(cache, layout, layers), pieces)
+
+
+def scatter_at(
+    cache: PagedCache,
+    layout: Layout,
+    chunks: Sequence[Span],
+    places: Places,
+    layers: range | None = None,
+) -> Job:
+    """As `scatter`, of tables that were checked, as `written`."""
+    pieces = _pieces(cache, layout, chunks, places)
     return _encode("scatter", cache, layout, _Rows.merged(cache, layout, layers), pieces)
 
 
@@ -236,43 +257,11 @@ def chunk_strides(layout: Layout) -> dict[str, int]:
     return dict(zip(layout.axes.split(","), inside, strict=True))
 
 
-def block_offsets(
-    cache: PagedCache, layout: Layout, tables: Sequence[Sequence[int]], skipped: Int64s
-) -> Int64s:
-    """Bytes from a plane's address to each block, of shape [chunks, blocks of a chunk].
-
-    The first `skipped[c]` blocks of chunk c may have any id; their offset is 0. Raises
-    InvalidRequest for a wrong number of blocks or an id that the cache has not.
-    """
-    blocks = -(-layout.tokens // cache.block_tokens)
-    for c, table in enumerate(tables):
-        if len(table) != blocks:
-            raise InvalidRequest(
-                f"tables[{c}]: {len(table)} blocks given, {layout.tokens} tokens take {blocks} "
-                f"of {cache.block_tokens}"
-            )
-    ids = np.asarray(tables, np.int64).reshape(len(tables), blocks)
-    ids = np.where(np.arange(blocks) < skipped[:, None], 0, ids)
-    wrong = np.argwhere((ids < 0) | (ids >= cache.blocks))
-    if len(wrong):
-        c, b = wrong[0]
-        raise InvalidRequest(
-            f"tables[{c}][{b}]: block {ids[c, b]} given, the cache has {cache.blocks}"
-        )
-    return ids * cache.block_stride
-
-
-def check_blocks_differ(offsets: Int64s) -> None:
-    """Raise InvalidRequest when two of the blocks that are written are the same."""
-    if len(np.unique(offsets)) != offsets.size:
-        raise InvalidRequest("tables: a block is named twice; each block is written once")
-
-
-def check_chunks(chunks: Sequence[Span], tables: Sequence[Sequence[int]], nbytes: int) -> None:
+def check_chunks(chunks: Sequence[Span], tables: int, nbytes: int) -> None:
     """Raise InvalidRequest unless there are chunks, each of `nbytes` and with a table."""
-    if not chunks or len(chunks) != len(tables):
+    if not chunks or len(chunks) != tables:
         raise InvalidRequest(
-            f"chunks: {len(chunks)} given with {len(tables)} tables; give one table for each of "
+            f"chunks: {len(chunks)} given with {tables} tables; give one table for each of "
             "at least one chunk"
         )
     for c, chunk in enumerate(chunks):
@@ -316,7 +305,8 @@ def _one_geometry(arrays: list[list[Array]], names: list[str]) -> Array:
 
 def _first_tokens(layout: Layout, given: int | Sequence[int], count: int) -> Int64s:
     tokens = np.asarray(given, np.int64)
-    if tokens.shape not in {(), (count,)} or tokens.min() < 0 or tokens.max() >= layout.tokens:
+    wrong = (tokens < 0) | (tokens >= layout.tokens)
+    if tokens.shape not in {(), (count,)} or wrong.any():
         raise InvalidRequest(
             f"first_token: {given} given for {count} chunks, allowed is one for all or one for "
             f"each, 0 to {layout.tokens - 1}"
@@ -324,18 +314,13 @@ def _first_tokens(layout: Layout, given: int | Sequence[int], count: int) -> Int
     return np.broadcast_to(tokens, count)
 
 
-def _pieces(
-    cache: PagedCache,
-    layout: Layout,
-    chunks: Sequence[Span],
-    tables: Sequence[Sequence[int]],
-    first_token: int | Sequence[int],
-) -> Int64s:
+def _pieces(cache: PagedCache, layout: Layout, chunks: Sequence[Span], places: Places) -> Int64s:
     """What one block holds of one chunk, for each: the words of paged.cu, [pieces, 4]."""
+    if layout.scheme is not None:
+        raise InvalidRequest(f"layout.encoding: {layout.encoding!r} given; this moves exact chunks")
     cache.check_geometry(layout)
-    check_chunks(chunks, tables, layout.nbytes)
-    first = _first_tokens(layout, first_token, len(chunks))
-    offsets = block_offsets(cache, layout, tables, first // cache.block_tokens)
+    check_chunks(chunks, len(places), layout.nbytes)
+    first, offsets = places.first, places.offsets
     starts = np.arange(offsets.shape[1], dtype=np.int64) * cache.block_tokens
     addresses = np.asarray([chunk.address for chunk in chunks], np.int64)
     in_chunks = addresses[:, None] + starts * chunk_strides(layout)["token"]
@@ -373,8 +358,7 @@ class _Rows:
                 row *= bases.shape[1]
                 bases = bases[:, :1]
             if heads > 1 and strides["head"] == row == cache.head_stride:
-                row *= heads
-                heads = 1
+                row, heads = row * heads, 1
         of_layers = np.asarray(chosen, np.int64)[:, None] * strides["layer"]
         in_chunk = of_layers + np.arange(bases.shape[1]) * strides["plane"]
         return cls(row, heads, np.stack([bases, in_chunk], axis=-1).reshape(-1, 2))
@@ -390,8 +374,7 @@ def _encode(name: str, cache: PagedCache, layout: Layout, rows: _Rows, pieces: I
     places = [*rows.planes.ravel().tolist(), *pieces[:, :2].ravel().tolist()]
     width = math.gcd(_WIDEST, rows.nbytes, *steps, *places)
     words = rows.nbytes // width
-    groups = -(-len(rows.planes) // _PLANES_PER_ITEM)
-    items = groups * len(pieces) * outer[0] * inner[0] * words
+    items = -(-len(rows.planes) // _PLANES_PER_ITEM) * len(pieces) * outer[0] * inner[0] * words
     header = [items, len(rows.planes)]
     header += extent(words) + extent(inner[0]) + extent(outer[0]) + extent(len(pieces))
     header += [int(inner_is_token), *inner[1:], *outer[1:]]

@@ -3,7 +3,8 @@
 Each direction has two lanes, one for loads, which somebody waits for, and one for offloads. A lane
 is a thread with a stream of its own: it queues copies on the stream, and reports each one to the
 event loop once its bytes have arrived. An offload starts only while no load is under way in its
-direction, in pieces, so that a load that comes in between waits for two pieces at most.
+direction, in pieces, so that a load that comes in between waits for two pieces at most. One that
+somebody comes to wait for changes lanes, if it was not begun.
 """
 
 import asyncio
@@ -11,12 +12,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvtier.kernels.device import Device, Event, Place, Span, Urgency
+from kvtier.kernels.device import Device, DeviceFault, Event, Place, Span, Stream, Urgency
 from kvtier.tiers.base import Outcome
 
 logger = logging.getLogger(__name__)
@@ -89,23 +90,40 @@ class _Flight:
 
 
 class Bus:
-    """All copies between RAM and one device. Its methods belong to the event loop's thread."""
+    """All copies between RAM and one device. Its methods belong to the event loop's thread.
+
+    A `fault` of the device stops the lanes: copies end as FAILED, also those that are asked for
+    later. `on_fault` is told of it once, before any of them.
+
+    Raises DeviceError when the device has no streams for it.
+    """
 
     def __init__(self, device: Device, pacing: Pacing) -> None:
         self._device = device
         self._pacing = pacing
+        self._streams = {
+            (direction, urgency): device.stream(urgency)
+            for direction in Direction
+            for urgency in Urgency
+        }
         self._lanes: dict[tuple[Direction, Urgency], _Lane] = {}
+        self.fault: DeviceFault | None = None
+        self.on_fault: Callable[[DeviceFault], None] = lambda fault: None
 
     def start(self) -> None:
-        """Start the lanes; needs the running loop. Raises DeviceError."""
+        """Start the lanes; needs the running loop."""
         loop = asyncio.get_running_loop()
-        for direction in Direction:
-            traffic = _Traffic()
-            for urgency in Urgency:
-                paced = self._pacing if urgency is Urgency.OFFLOADS else None
-                lane = _Lane(self._device, loop, traffic, urgency, paced)
-                lane.start(f"kvtier-{direction.value}-{urgency.value}")
-                self._lanes[direction, urgency] = lane
+
+        def tell(fault: DeviceFault) -> None:
+            loop.call_soon_threadsafe(self._stop_at, fault)
+
+        traffic = {direction: _Traffic() for direction in Direction}
+        for (direction, urgency), stream in self._streams.items():
+            paced = self._pacing if urgency is Urgency.OFFLOADS else None
+            side = traffic[direction]
+            lane = _Lane(_End(self._device, stream, tell), loop, side, paced)
+            lane.start(f"kvtier-{direction.value}-{urgency.value}")
+            self._lanes[direction, urgency] = lane
 
     def move(self, target: Span, source: Span, urgency: Urgency) -> Haul:
         """Queue a copy between host and device memory.
@@ -115,11 +133,22 @@ class Bus:
         ends = (source.region.place, target.region.place)
         if target.nbytes != source.nbytes or ends[0] is ends[1]:
             raise ValueError(f"move: {source.nbytes} bytes {ends} to {target.nbytes}")
-        direction = Direction.UP if ends[0] is Place.HOST else Direction.DOWN
-        lane = self._lanes[direction, urgency]
+        lane = self._lanes[_direction(source), urgency]
         haul = Haul(target, source, asyncio.get_running_loop().create_future(), lane.lock)
-        lane.add(haul)
+        if self.fault is None:
+            lane.add(haul)
+        else:
+            haul.outcome.set_result(Outcome.FAILED)
         return haul
+
+    def hurry(self, haul: Haul) -> None:
+        """Somebody waits for a copy now: an offload that was not begun goes with the loads."""
+        if self.fault is not None:
+            return  # its lane tells of it
+        direction = _direction(haul.source)
+        with haul.lock:  # both lanes' own
+            if self._lanes[direction, Urgency.OFFLOADS].give_back(haul):
+                self._lanes[direction, Urgency.LOADS].add(haul)
 
     async def close(self) -> None:
         """Stop: copies not begun end as FAILED, those under way finish first."""
@@ -128,6 +157,13 @@ class Bus:
             lane.stop()
         for lane in lanes.values():
             await asyncio.to_thread(lane.join)
+
+    def _stop_at(self, fault: DeviceFault) -> None:
+        if self.fault is None:
+            self.fault = fault
+            for lane in self._lanes.values():
+                lane.stop()
+            self.on_fault(fault)
 
 
 @dataclass(slots=True)
@@ -138,22 +174,29 @@ class _Traffic:
     loads: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A lane's end at the device, and whom it tells of a fault."""
+
+    device: Device
+    stream: Stream
+    tell: Callable[[DeviceFault], None]
+
+
 class _Lane:
     """One direction and urgency: a queue, a stream and the thread between them."""
 
     def __init__(
         self,
-        device: Device,
+        end: _End,
         loop: asyncio.AbstractEventLoop,
         traffic: _Traffic,
-        urgency: Urgency,
         pacing: Pacing | None,
     ) -> None:
-        self._device = device
+        self._end = end
         self._loop = loop
         self._traffic = traffic
         self._pacing = pacing
-        self._stream = device.stream(urgency)
         self._waiting: deque[Haul] = deque()
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -172,6 +215,15 @@ class _Lane:
             if self._pacing is None:
                 self._traffic.loads += 1
             self._traffic.changed.notify_all()
+
+    def give_back(self, haul: Haul) -> bool:
+        """Take out a copy that waits here and was not begun; False when there is none such."""
+        with self._traffic.changed:
+            waits = not haul.sent_bytes and not haul.given_up and haul in self._waiting
+            if waits:
+                self._waiting.remove(haul)
+                self._one_less()
+            return waits
 
     def stop(self) -> None:
         with self._traffic.changed:
@@ -242,11 +294,12 @@ class _Lane:
         nbytes = sum(piece.source.nbytes for piece in pieces)
         started_s = time.monotonic()
         try:
-            self._device.copy(self._stream, [(piece.target, piece.source) for piece in pieces])
-            flying.append(_Flight(pieces, nbytes, started_s, self._stream.record()))
+            pairs = [(piece.target, piece.source) for piece in pieces]
+            self._end.device.copy(self._end.stream, pairs)
+            flying.append(_Flight(pieces, nbytes, started_s, self._end.stream.record()))
         except Exception as error:  # noqa: BLE001 - costs these copies, not the lane
             with suppress(Exception):
-                self._stream.synchronize()  # earlier pieces, or some of these, may be under way
+                self._end.stream.synchronize()  # earlier pieces, or some of these, may be under way
             self._report(pieces, error)
 
     def _land(self, flight: _Flight) -> None:
@@ -259,8 +312,10 @@ class _Lane:
 
     def _report(self, pieces: Iterable[_Piece], error: Exception | None) -> None:
         """Tell the loop of the hauls that are whole now, or have failed."""
-        if error is not None:
-            logger.warning("copies between RAM and %s failed: %s", self._device.name, error)
+        if isinstance(error, DeviceFault):
+            self._end.tell(error)
+        elif error is not None:
+            logger.warning("copies between RAM and %s failed: %s", self._end.device.name, error)
         whole: list[Haul] = []
         for piece in pieces:
             piece.haul.failed |= error is not None
@@ -295,6 +350,10 @@ class _Lane:
             haul.failed = True
         if abandoned:
             self._loop.call_soon_threadsafe(_settle, abandoned)
+
+
+def _direction(source: Span) -> Direction:
+    return Direction.UP if source.region.place is Place.HOST else Direction.DOWN
 
 
 def _part(span: Span, start: int, nbytes: int) -> Span:

@@ -1,6 +1,5 @@
 """Loads straight into an engine's blocks: all of each chunk at once, or layer by layer."""
 
-import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +9,11 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from kvtier.client.loading import Loaded
+from kvtier.client.paged_health import Health
+from kvtier.client.paged_jobs import fill_blocks
 from kvtier.kernels.device import Device, DeviceError, Event, Place, Span, Urgency
-from kvtier.kernels.paged import PagedCache, scatter
+from kvtier.kernels.paged import PagedCache, Places
 from kvtier.spaces import Layout
-
-logger = logging.getLogger(__name__)
 
 # From this size on a copy and a kernel are faster than a kernel that reads RAM by itself. A guess:
 # what starting a copy takes, in bytes of the bus. `kvtier bench gpu` is to measure it.
@@ -30,8 +29,9 @@ Tables: TypeAlias = Sequence[Sequence[int]]
 class Part:
     """What of every chunk is moved before the next part of any: all of it, or one layer.
 
-    Where that is contiguous it is a chunk of its own, of `nbytes` from `offset` in the other, with
-    a cache and a layout to match. Else `layers` says which ones of the whole it is.
+    Where that is contiguous, as in every quantised chunk, it is a chunk of its own, of `nbytes`
+    from `offset` in the other, with a cache and a layout to match. Else `layers` says which ones of
+    the whole it is.
     """
 
     cache: PagedCache
@@ -72,11 +72,18 @@ class PagedLoad:
     """A load into an engine's blocks, under way. `chunks` is how many leading chunks of the prefix
     are. Finish it, or use it as a context manager."""
 
-    def __init__(self, loaded: Loaded, chunks: Sequence[Span], ready: Sequence[Event]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded | None,
+        chunks: Sequence[Span],
+        ready: Sequence[Event],
+        health: Health,
+    ) -> None:
         self.chunks = len(chunks)
         in_vram = [n for n, span in enumerate(chunks) if span.region.place is Place.DEVICE]
         self._before_vram = in_vram[0] if in_vram else self.chunks
-        self._loaded: Loaded | None = loaded
+        self._loaded = loaded
+        self._health = health
         self._ready = ready
         self._right = 0
 
@@ -107,7 +114,7 @@ class PagedLoad:
         try:
             self._ready[-1].synchronize()
         except DeviceError as error:
-            logger.warning("kvtier: nothing loaded: %s", error)
+            self._health.note("nothing is loaded", error)
             return 0
         if self._before_vram < self.chunks and not loaded.release():
             return self._before_vram
@@ -136,8 +143,11 @@ class _Buffer:
 class Loads:
     """All loads of one engine. They begin on one thread at a time; any may finish them."""
 
-    def __init__(self, device: Device, buffers: Iterable[Span], least_copy_bytes: int) -> None:
+    def __init__(
+        self, device: Device, buffers: Iterable[Span], least_copy_bytes: int, health: Health
+    ) -> None:
         self._device = device
+        self._health = health
         self._least_copy_bytes = least_copy_bytes
         self._buffers = deque(_Buffer(span) for span in buffers)
         # Two: on one, the bus would rest while a chunk is scattered.
@@ -145,20 +155,20 @@ class Loads:
         self._scatters = device.stream(Urgency.LOADS)
 
     def begin(
-        self, loading: Loaded, parts: Sequence[Part], tables: Tables, first_token: int, after: Event
+        self, loading: Loaded, parts: Sequence[Part], places: Places, after: Event
     ) -> PagedLoad:
-        """Queue a load. Its arguments are checked; `first_token` is the first chunk's."""
+        """Queue a load to places that are to be written."""
         with ExitStack() as undo:
             loaded = undo.enter_context(loading)
             undo.callback(self._settle)
             try:
-                chunks, ready = self._queue(loaded, parts, tables, first_token, after)
+                chunks, ready = self._queue(loaded, parts, places, after)
             except DeviceError as error:
-                logger.warning("kvtier: nothing loaded: %s", error)
+                self._health.note("nothing is loaded", error)
                 self._settle()
                 chunks, ready = [], [after]
             undo.pop_all()  # it is the load's now
-        return PagedLoad(loaded, chunks, ready)
+        return PagedLoad(loaded, chunks, ready, self._health)
 
     def _settle(self) -> None:
         """Wait until nothing is under way, as far as a device at fault can say."""
@@ -167,7 +177,7 @@ class Loads:
                 stream.synchronize()
 
     def _queue(
-        self, loaded: Loaded, parts: Sequence[Part], tables: Tables, first_token: int, after: Event
+        self, loaded: Loaded, parts: Sequence[Part], places: Places, after: Event
     ) -> tuple[list[Span], list[Event]]:
         """Queue each part of all chunks; returns the chunks, and when each part is ready. The first
         part of a chunk is queued when that lands."""
@@ -176,22 +186,19 @@ class Loads:
         self._scatters.wait(after)
         source: Iterable[Span] = _landing(loaded, chunks)
         for part in parts:
-            self._queue_part(part, source, tables, first_token)
+            self._queue_part(part, source, places)
             ready.append(self._scatters.record())
             source = chunks
         return chunks, ready
 
-    def _queue_part(
-        self, part: Part, chunks: Iterable[Span], tables: Tables, first_token: int
-    ) -> None:
-        direct = _Batch(part, _JOB_BYTES)
-        staged = _Batch(part, self._buffers[0].span.nbytes)
+    def _queue_part(self, part: Part, chunks: Iterable[Span], places: Places) -> None:
+        direct = _Batch(part, places, _JOB_BYTES)
+        staged = _Batch(part, places, self._buffers[0].span.nbytes)
         for index, chunk in enumerate(chunks):
             through = goes_through_staging(part, chunk.region.place, self._least_copy_bytes)
             batch = staged if through else direct
             batch.sources.append(part.of(chunk))
-            batch.tables.append(tables[index])
-            batch.first_tokens.append(first_token if index == 0 else 0)
+            batch.chunks.append(index)
             if batch.full:
                 self._send(batch, through=through)
         self._send(direct, through=False)
@@ -225,29 +232,27 @@ class Loads:
         return buffer
 
     def _scatter(self, batch: "_Batch") -> None:
-        part = batch.part
-        job = scatter(
-            part.cache, part.layout, batch.sources, batch.tables, part.layers, batch.first_tokens
-        )
+        part, places = batch.part, batch.places[batch.chunks]
+        job = fill_blocks(part.cache, part.layout, batch.sources, places, part.layers)
         self._device.launch(self._scatters, job.kernel, job.threads, job.job)
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Chunks' parts that go together."""
+    """Parts of some `chunks` that go together, and the places of all chunks."""
 
     part: Part
+    places: Places
     most_bytes: int
     sources: list[Span] = field(default_factory=list)
-    tables: list[Sequence[int]] = field(default_factory=list)
-    first_tokens: list[int] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
         return (len(self.sources) + 1) * self.part.nbytes > self.most_bytes
 
     def clear(self) -> None:
-        self.sources, self.tables, self.first_tokens = [], [], []
+        self.sources, self.chunks = [], []
 
 
 def _landing(loaded: Loaded, chunks: list[Span]) -> Iterator[Span]:

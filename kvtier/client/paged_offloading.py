@@ -1,20 +1,21 @@
-"""Offloads straight out of an engine's blocks: each chunk is gathered while another is copied."""
+"""Offloads straight out of an engine's blocks: chunks are gathered while others are copied."""
 
 from collections.abc import Iterable
 from contextlib import suppress
 
 from kvtier.client.offloading import WriteSlot
-from kvtier.client.paged_loading import Tables
+from kvtier.client.paged_jobs import fill_chunks
 from kvtier.kernels.device import Device, DeviceError, Event, Span, Urgency
-from kvtier.kernels.paged import PagedCache, gather
+from kvtier.kernels.paged import PagedCache, Places
 from kvtier.spaces import Layout
 
 
 class Offloads:
-    """All offloads of one engine, one at a time. At most one chunk is on the bus."""
+    """All offloads of one engine, one at a time. The host only queues: at most one chunk is on the
+    bus, and as many as there are buffers have left the blocks and not arrived."""
 
     def __init__(
-        self, device: Device, cache: PagedCache, layout: Layout, buffers: tuple[Span, Span]
+        self, device: Device, cache: PagedCache, layout: Layout, buffers: tuple[Span, ...]
     ) -> None:
         self._device = device
         self._cache = cache
@@ -24,43 +25,35 @@ class Offloads:
         self._gathers = device.stream(Urgency.OFFLOADS)
         self._copies = device.stream(Urgency.OFFLOADS)
 
-    def fill(self, slots: Iterable[WriteSlot], tables: Tables, after: Event) -> None:
-        """Fill slots as far as the device reaches them; returns when no block is read any more.
+    def fill(self, slots: Iterable[WriteSlot], places: Places, after: Event) -> None:
+        """Fill slots as far as the device reaches them. No block is read any more once all slots
+        have arrived.
 
-        The tables are checked. Raises DeviceError: then the slot that came last is not filled, and
-        its loop must end.
+        Raises DeviceError: then nothing is under way, and the slot that came last is not filled.
         """
         try:
             self._gathers.wait(after)
-            self._fill(slots, tables)
-            self._gathers.synchronize()  # one more than was wanted may be under way
+            self._fill(slots, places)
         except BaseException:
-            for stream in (self._gathers, self._copies):
-                with suppress(DeviceError):
-                    stream.synchronize()
+            self.settle()
             raise
 
-    def _fill(self, slots: Iterable[WriteSlot], tables: Tables) -> None:
-        ahead = -1  # what was gathered before it was asked for, and when it is
-        gathered: Event | None = None
-        for slot in slots:
+    def settle(self) -> None:
+        """Wait until nothing is under way, as far as a device at fault can say."""
+        for stream in (self._gathers, self._copies):
+            with suppress(DeviceError):
+                stream.synchronize()
+
+    def _fill(self, slots: Iterable[WriteSlot], places: Places) -> None:
+        left: dict[Span, Event] = {}  # when a buffer's last chunk has left it
+        for number, slot in enumerate(slots):
             if slot.span is None:
                 return
-            if gathered is None or ahead != slot.index:
-                gathered = self._gather(slot.index, tables)
-            self._copies.wait(gathered)
-            self._device.copy(self._copies, [(slot.span, self._buffer(slot.index))])
-            written = self._copies.record()
-            # Nearly always the next one is wanted: what is held already leads the prefix.
-            ahead = slot.index + 1
-            gathered = self._gather(ahead, tables) if ahead < len(tables) else None
-            written.synchronize()  # a slot counts as written when the loop goes on
-
-    def _gather(self, index: int, tables: Tables) -> Event:
-        # The copy before the last has left this buffer: the host waited for it.
-        job = gather(self._cache, self._layout, [self._buffer(index)], [tables[index]])
-        self._device.launch(self._gathers, job.kernel, job.threads, job.job)
-        return self._gathers.record()
-
-    def _buffer(self, index: int) -> Span:
-        return self._buffers[index % 2]
+            buffer = self._buffers[number % len(self._buffers)]
+            if buffer in left:
+                self._gathers.wait(left[buffer])
+            job = fill_chunks(self._cache, self._layout, [buffer], places[[slot.index]])
+            self._device.launch(self._gathers, job.kernel, job.threads, job.job)
+            self._copies.wait(self._gathers.record())
+            self._device.copy(self._copies, [(slot.span, buffer)])
+            slot.arrival = left[buffer] = self._copies.record()

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from kvtier.chunks import Prefix, chain, pack_tokens
 from kvtier.client import Client, LoadedChunk, Offloaded, PagedEngine, PagedLoad, WriteSlot
+from kvtier.encodings import EXACT, Scheme
 from kvtier.kernels import paged_reference as reference
+from kvtier.kernels import quantised_reference
 from kvtier.kernels.compiled import HostKernels
 from kvtier.kernels.copying import Copier
 from kvtier.kernels.device import Device, DeviceError, Place, Region, Urgency
@@ -54,7 +56,7 @@ class Shelf:
     """Stands for client and service: a slot for each chunk, in RAM or in VRAM.
 
     Slots are another's as soon as the lease is released: they are overwritten then. What is
-    offloaded is taken out of its slot when the loop goes on.
+    offloaded is taken out of its slot as soon as it has arrived, once the loop has ended.
     """
 
     def __init__(self, device: Device, space: Space, places: Sequence[Place]) -> None:
@@ -84,10 +86,9 @@ class Shelf:
         first = self.keys.index(prefix[0]) if len(prefix) else 0
         return Lent(self, range(first, first + len(prefix)))
 
-    @contextmanager
-    def offload(self, prefix: Prefix, deadline_s: float | None) -> Iterator["Taken"]:
+    def offload(self, prefix: Prefix, deadline_s: float | None) -> "Taken":
         self.asked += 1
-        yield Taken(self)
+        return Taken(self)
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Lent:
     def __iter__(self) -> Iterator[LoadedChunk]:
         for index, slot in enumerate(self.shelf.slots[self.slots.start : self.slots.stop]):
             span = slot if self.shelf.reaches_device else None
-            yield LoadedChunk(index, memoryview(b""), COPIER, span)
+            yield LoadedChunk(index, memoryview(b""), self.shelf.space.layout.tokens, COPIER, span)
 
     def release(self) -> bool:
         self.released = True
@@ -123,13 +124,24 @@ class Taken:
 
     shelf: Shelf
     outcome: Offloaded = field(default_factory=Offloaded)
+    coming: list[WriteSlot] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[WriteSlot]:
         for index in self.shelf.wanted:
             span = self.shelf.slots[index] if self.shelf.reaches_device else None
-            yield WriteSlot(index, memoryview(b""), COPIER, span)
-            self.shelf.stored[index] = self.shelf.content(index).tobytes()
-            self.outcome.stored.append(index)
+            slot = WriteSlot(index, memoryview(b""), COPIER, span)
+            yield slot
+            self.coming.append(slot)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self.coming:
+            assert slot.arrival is not None
+            slot.arrival.synchronize()
+            self.shelf.stored[slot.index] = self.shelf.content(slot.index).tobytes()
+            self.outcome.stored.append(slot.index)
 
 
 # ── the engine ────────────────────────────────────────────────────────────────────────────────────
@@ -144,6 +156,7 @@ class Style:
     planes: int = 2
     heads: int = 2
     chunk_axes: str = "layer,plane,head,token,dim"
+    encoding: str = EXACT
 
 
 STYLES = [
@@ -155,6 +168,8 @@ STYLES = [
     Style("block,layer,plane,head,token,dim"),
     Style("block,head,token,plane,dim", chunk_axes="layer,head,token,plane,dim"),
     Style("block,token,head,dim", pairs=True, chunk_axes="plane,layer,token,head,dim"),
+    Style("block,token,head,dim", pairs=True, encoding=Scheme.INT8.value),
+    Style("block,layer,plane,head,token,dim", encoding=Scheme.INT4.value),
 ]
 
 MIXED = (Place.HOST, Place.HOST, Place.DEVICE, Place.HOST, Place.HOST, Place.HOST)
@@ -184,8 +199,9 @@ class World:
         self.case = case
         self.device = device
         self.layout = Layout(
-            "float16", LAYERS, style.heads, 6, case.tokens, style.planes, style.chunk_axes
-        )
+            "float16", LAYERS, style.heads, 6, case.tokens, style.planes, style.chunk_axes,
+            encoding=style.encoding,
+        )  # fmt: skip
         space = Space("m", self.layout)
         self.shelf = Shelf(device, space, case.places)
         chunks = len(case.places)
@@ -209,7 +225,8 @@ class World:
         self.before: Bytes = rng.integers(0, 256, nbytes, np.uint8)
         self._ram = device.register(buffer(self.before.tobytes()))
         for index in range(chunks):
-            self.shelf.content(index)[:] = rng.integers(0, 256, self.layout.nbytes, np.uint8)
+            bits = rng.integers(0, 1 << 16, self.layout.shape, np.uint16)
+            self.shelf.content(index)[:] = self.encoded(bits)
         self.chunks = [self.shelf.content(index).copy() for index in range(chunks)]
         self.paged = PagedEngine(
             cast(Client, self.shelf),
@@ -230,7 +247,7 @@ class World:
         after = self.before.copy()
         planes = reference.planes_of(self.layers(after), self.case.style.axes)
         for index in range(chunks):
-            chunk = self.chunks[index].view(np.uint16).reshape(self.layout.shape)
+            chunk = self.decoded(self.chunks[index])
             first = self.case.first_token if index == 0 else 0
             reference.scatter(planes, self.layout, chunk, self.tables[index], layers, first)
         return after
@@ -240,7 +257,19 @@ class World:
         chunk = np.zeros(self.layout.shape, np.uint16)
         planes = reference.planes_of(self.layers(self.before), self.case.style.axes)
         reference.gather(planes, self.layout, chunk, self.tables[index], range(LAYERS))
-        return chunk.tobytes()
+        return self.encoded(chunk).tobytes()
+
+    def encoded(self, bits: NDArray[np.uint16]) -> Bytes:
+        """A chunk's bytes, of the bits of its elements."""
+        if self.layout.encoding == EXACT:
+            return bits.ravel().view(np.uint8)
+        return quantised_reference.encode(bits.view(np.float16), self.layout)
+
+    def decoded(self, chunk: Bytes) -> NDArray[np.uint16]:
+        """The bits of a chunk's elements, of its bytes."""
+        if self.layout.encoding == EXACT:
+            return chunk.view(np.uint16).reshape(self.layout.shape)
+        return quantised_reference.decode(chunk, self.layout).view(np.uint16)
 
     def work(self) -> None:
         """Queue the engine's own work, which leaves its blocks as `before` says."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kvtier.client.paged_loading import goes_through_staging, parts_of
 from kvtier.kernels.compiled import HostKernels
 from kvtier.kernels.device import Device, Place, Span, Stream
-from kvtier.kernels.host import Chaos, HostDevice
-from kvtier.kernels.paged import PagedCache
+from kvtier.kernels.host import Chaos, HostDevice, Kernels
+from kvtier.kernels.paged import PagedCache, Places
 from kvtier.spaces import Layout
 from tests.client.paged_world import (
     ALWAYS,
@@ -119,7 +119,9 @@ def test_a_load_begins_without_waiting_for_the_device(kernels: HostKernels) -> N
 
 
 @pytest.mark.parametrize(
-    "style", [STYLES[0], STYLES[5], STYLES[7]], ids=lambda style: f"{style.axes} {style.chunk_axes}"
+    "style",
+    [STYLES[0], STYLES[5], STYLES[7], STYLES[8]],
+    ids=lambda style: f"{style.axes} {style.chunk_axes} {style.encoding}",
 )
 @pytest.mark.parametrize("least_copy_bytes", [ALWAYS, NEVER])
 def test_layers_are_ready_in_order_for_all_chunks(
@@ -240,17 +242,32 @@ def test_what_is_contiguous_is_staged_if_it_is_large(
         assert not goes_through_staging(part, Place.DEVICE, nbytes)
 
 
-class Copying(HostDevice):
-    """Notes how many bytes each copy has, and where the first of a call goes."""
+def test_a_layer_of_a_quantised_chunk_is_a_chunk() -> None:
+    layout = Layout("float16", LAYERS, 2, 6, 4, 2, encoding="kivi-int8")
+    cache = PagedCache(((1000, 2000),) * LAYERS, 9, 4, 2, 12, 96, 24, 12)
+    layer = layout.nbytes // LAYERS
+    parts = parts_of(cache, layout, by_layer=True)
+    assert [(part.offset, part.nbytes) for part in parts] == [
+        (0, layer),
+        (layer, layer),
+        (2 * layer, layer),
+    ]
+    assert all(part.layers is None and part.layout.nbytes == layer for part in parts)
 
-    def __init__(self, kernels: HostKernels) -> None:
+
+class Copying(HostDevice):
+    """Notes how many bytes each copy has, where the first of a call goes and comes from."""
+
+    def __init__(self, kernels: Kernels) -> None:
         super().__init__(Chaos(1), kernels)
         self.copied: list[list[int]] = []
         self.begins: set[int] = set()
+        self.sources: list[int] = []
 
     def copy(self, stream: Stream, pairs: Sequence[tuple[Span, Span]]) -> None:
         self.copied.append([target.nbytes for target, _ in pairs])
         self.begins.add(pairs[0][0].address)
+        self.sources.append(pairs[0][1].address)
         super().copy(stream, pairs)
 
 
@@ -262,4 +279,21 @@ def test_layers_of_several_chunks_share_a_buffer(kernels: HostKernels) -> None:
     _, *copies = device.copied  # the first is the engine's own
     assert copies == [[layer] * 3, [layer] * 2] * LAYERS
     assert len(device.begins) == 1 + 2  # both buffers are used
+    device.close()
+
+
+def test_the_chunks_of_an_offload_follow_each_other_without_the_host(kernels: HostKernels) -> None:
+    """All is queued before anything is done, and one chunk is gathered while another leaves."""
+    counted = CountedKernels(kernels)
+    device = Copying(counted)
+    world = World(Case(places=(Place.HOST,) * 5), device)
+    with world.shelf.offload(world.prefix, None) as offload:
+        places = Places.of(world.cache, world.layout, world.tables)
+        world.paged._offloads.fill(offload, places, world.stream.record())
+        assert len(offload.coming) == 5
+        assert counted.runs == 0
+    assert counted.runs == 5
+    one, other = device.sources[0], device.sources[1]
+    assert one != other
+    assert device.sources == [one, other, one, other, one]
     device.close()

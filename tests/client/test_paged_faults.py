@@ -9,8 +9,17 @@ import pytest
 from kvtier.client import Client, LoadedChunk, PagedEngine
 from kvtier.errors import InvalidRequest
 from kvtier.kernels.compiled import HostKernels
-from kvtier.kernels.device import DeviceError, Place, Span, Stream
+from kvtier.kernels.device import (
+    DeviceError,
+    DeviceFault,
+    OutOfDeviceMemory,
+    Place,
+    Region,
+    Span,
+    Stream,
+)
 from kvtier.kernels.host import Chaos, HostDevice
+from kvtier.kernels.host_streams import HostStream
 from tests.client.paged_world import (
     LAYERS,
     MIXED,
@@ -101,7 +110,7 @@ def test_what_the_device_refuses_is_not_loaded_and_the_next_load_is(
             assert load.chunks == 0
             load.ready(LAYERS - 1).synchronize()
         assert load.finish() == 0
-        assert "nothing loaded: refused" in caplog.text
+        assert "nothing is loaded: refused" in caplog.text
         assert nothing_comes_later(world)
         for index, chunk in enumerate(world.chunks):
             world.shelf.content(index)[:] = chunk
@@ -112,7 +121,7 @@ def test_what_the_device_refuses_is_not_loaded_and_the_next_load_is(
         device.close()
 
 
-@pytest.mark.parametrize("refused", range(1, 8))
+@pytest.mark.parametrize("refused", range(1, 9))
 def test_what_the_device_refuses_is_not_stored(
     kernels: HostKernels, refused: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,20 +138,139 @@ def test_what_the_device_refuses_is_not_stored(
 
 
 @pytest.mark.parametrize("chaos", [None, 1, 2])
-def test_work_that_fails_on_the_device_is_a_miss(
-    kernels: HostKernels, chaos: int | None, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("first", ["load", "offload"])
+def test_after_a_fault_loads_are_misses_and_nothing_is_offloaded(
+    kernels: HostKernels, chaos: int | None, first: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """For good, said once, and without asking the service or the device."""
     counted = CountedKernels(kernels)
     with device_of(counted, chaos) as device:
         world = World(Case(places=MIXED), device)
         counted.fail = True
-        for _ in range(2):
+        if first == "load":
             assert world.load().finish() == 0
-            assert nothing_comes_later(world)
-        assert "nothing loaded: work on stream" in caplog.text
-        assert world.offload().stored == []
-        assert "an offload ends early: work on stream" in caplog.text
+        else:
+            assert world.offload().stored == []
         assert nothing_comes_later(world)
+        counted.fail, counted.runs, world.shelf.asked = False, 0, 0
+        for _ in range(2):
+            with world.load() as load:
+                assert load.chunks == 0
+                world.stream.wait(load.ready(LAYERS - 1))  # the engine goes on by itself
+            assert load.finish() == 0
+            outcome = world.offload()
+            assert (outcome.stored, outcome.existing) == ([], [])
+            assert set(outcome.refused.values()) == {"the device is at fault"}
+            assert list(outcome.refused) == list(range(len(MIXED)))
+        world.stream.synchronize()
+        assert bytes_of(world.blocks).tobytes() == world.before.tobytes()
+        assert (counted.runs, world.shelf.asked) == (0, 0)
+        assert caplog.text.count("the device is at fault: work on stream") == 1
+        assert len(caplog.records) == 1
+        with pytest.raises(InvalidRequest):  # a caller's mistake stays one
+            world.paged.load(world.prefix, [], after=world.stream.record())
+        world.paged.close()
+
+
+def test_a_fault_that_several_loads_meet_is_said_once(
+    kernels: HostKernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = CountedKernels(kernels)
+    with device_of(counted, 1) as device:
+        world = World(Case(places=(Place.HOST,) * 4), device)
+        loads = [world.load(0, 2), world.load(2)]
+        counted.fail = True
+        assert [load.finish() for load in loads] == [0, 0]
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+class NoKernels(HostDevice):
+    """Copies and launches nothing, as a GPU without NVRTC."""
+
+    def launch(self, stream: Stream, kernel: str, threads: int, job: bytes) -> None:
+        raise DeviceError("launch: no libnvrtc; install cupy")
+
+
+def test_without_kernels_everything_is_a_miss_and_said_once(
+    kernels: HostKernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = NoKernels(Chaos(1), kernels)
+    world = World(Case(places=(Place.HOST,) * 3), device)
+    for _ in range(3):
+        assert world.load().finish() == 0
+    for _ in range(3):
+        assert world.offload().stored == []
+    assert world.shelf.asked == 6  # it may be another kernel's lack
+    assert [record.message for record in caplog.records] == [
+        "kvtier: nothing is loaded: launch: no libnvrtc; install cupy",
+        "kvtier: an offload ends early: launch: no libnvrtc; install cupy",
+    ]
+    device.close()
+
+
+class FallsOff(HostDevice):
+    """As a GPU does after a fault, it refuses everything from when it is broken."""
+
+    broken = False
+
+    def copy(self, stream: Stream, pairs: Sequence[tuple[Span, Span]]) -> None:
+        if self.broken:
+            raise DeviceFault("fallen off the bus")
+        super().copy(stream, pairs)
+
+    def release(self, region: Region) -> None:
+        if self.broken:
+            raise DeviceFault("fallen off the bus")
+        super().release(region)
+
+
+def test_an_engine_of_a_dead_device_closes(
+    kernels: HostKernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = FallsOff(Chaos(1), kernels)
+    world = World(Case(places=MIXED), device)
+    after = world.stream.record()
+    device.broken = True
+    with world.paged:
+        for _ in range(2):
+            assert world.paged.load(world.prefix, world.tables, after=after).finish() == 0
+            assert world.paged.offload(world.prefix, world.tables, after=after).stored == []
+    assert world.shelf.asked == 1
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    device.broken = False
+    device.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_arrived_before_a_fault_is_stored_and_nothing_after(
+    kernels: HostKernels, seed: int
+) -> None:
+    device = FailsLater(kernels, seed)
+    world = World(Case(places=(Place.HOST,) * 6), device)
+    device.left = 1 + seed  # the first copy is the engine's own
+    stored = world.offload().stored
+    assert stored == list(range(seed))
+    assert world.shelf.stored == {index: world.gathered(index) for index in stored}
+    assert nothing_comes_later(world)
+    device.close()
+
+
+class FailsLater(HostDevice):
+    """The copy of a number, counted from 0 once it is armed, fails where the host waits."""
+
+    def __init__(self, kernels: HostKernels, seed: int) -> None:
+        super().__init__(Chaos(seed), kernels)
+        self.left = -1
+
+    def copy(self, stream: Stream, pairs: Sequence[tuple[Span, Span]]) -> None:
+        def fail() -> None:
+            raise DeviceError("the copy engine is on fire")
+
+        self.left -= 1
+        if self.left == -1:
+            assert isinstance(stream, HostStream)
+            stream.queue(fail)
+        super().copy(stream, pairs)
 
 
 class Interrupted(Lent):
@@ -214,6 +342,16 @@ def test_an_engine_that_cannot_be_right_is_refused(kernels: HostKernels) -> None
         other = replace(world.cache, bases=world.cache.bases[:2])
         with pytest.raises(InvalidRequest, match=r"layout\.layers: 3 given, the cache has 2"):
             PagedEngine(client, device, other, staging_bytes=1 << 20)
+
+
+def test_a_device_without_room_for_staging_says_so_and_stays_usable(kernels: HostKernels) -> None:
+    device = HostDevice(None, kernels, memory_bytes=1 << 20)
+    world = World(Case(), device)
+    client = cast(Client, world.shelf)
+    with pytest.raises(OutOfDeviceMemory, match=r"allocate: \d+ bytes wanted, \d+ free"):
+        PagedEngine(client, device, world.cache, staging_bytes=1 << 20)
+    assert world.load().finish() == 5
+    device.close()
 
 
 def test_closing_gives_staging_back(kernels: HostKernels) -> None:

@@ -117,6 +117,9 @@ class DeviceInOneProcess:
         yield device
         device.close()
 
+    def test_it_says_what_its_figures_rest_on(self, device: Device) -> None:
+        assert device.describe()["model"]
+
     @pytest.mark.parametrize("nbytes", [1, 4095, 4096, NBYTES + 1])
     def test_what_was_copied_in_is_copied_out(self, device: Device, nbytes: int) -> None:
         region = device.allocate(nbytes)

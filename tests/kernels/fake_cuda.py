@@ -4,20 +4,26 @@ It answers as CUDA's documentation says, and at once. It shows nothing about CUD
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pytest
+
+from kvtier.kernels import cubins, cuda
 from kvtier.kernels.source import KERNELS
 
 # What is called of each module of `cupy.cuda`, and with how many arguments.
 CALLS = {
     "runtime": {
         "deviceSynchronize": 0,
+        "driverGetVersion": 0,
         "eventRecord": 2,
         "eventSynchronize": 1,
         "free": 1,
+        "getDeviceProperties": 1,
         "hostRegister": 3,
         "hostUnregister": 1,
         "ipcCloseMemHandle": 1,
@@ -27,6 +33,7 @@ CALLS = {
         "memGetInfo": 0,
         "memcpyAsync": 5,
         "pointerGetAttributes": 1,
+        "runtimeGetVersion": 0,
         "streamCreateWithPriority": 2,
         "streamDestroy": 1,
         "streamSynchronize": 1,
@@ -79,6 +86,16 @@ class FakeRuntime:
 
     def memGetInfo(self) -> tuple[int, int]:  # noqa: N802
         return self.free_bytes, 2 * self.free_bytes
+
+    def driverGetVersion(self) -> int:  # noqa: N802
+        return 13020
+
+    def runtimeGetVersion(self) -> int:  # noqa: N802
+        return 12090
+
+    def getDeviceProperties(self, index: int) -> dict[str, Any]:  # noqa: N802
+        assert index == 3
+        return {"name": b"NVIDIA Imaginary"}
 
     def malloc(self, nbytes: int) -> int:
         if nbytes > self.free_bytes:
@@ -191,3 +208,12 @@ class FakeCuda:
         assert extra == 0
         job = ctypes.c_uint64.from_address(ctypes.c_uint64.from_address(words).value).value
         self.launched.append((function, blocks, threads, job))
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Have `CudaDevice(3)` find it."""
+    made = FakeCuda()
+    monkeypatch.setattr(cuda, "Driver", lambda index: made)
+    monkeypatch.setattr(cubins, "kernels_for", lambda nvrtc, capability: b"cubin")
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=made, __version__="14.2.0"))
+    return made

@@ -100,5 +100,8 @@ class Forgetful:
         assert isinstance(stream, _ForgetfulStream)
         self._device.launch(stream.stream, kernel, threads, job)
 
+    def describe(self) -> dict[str, str]:
+        return self._device.describe()
+
     def close(self) -> None:
         self._device.close()

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from kvtier.kernels import cubins, cuda
+from kvtier.kernels import cuda
 from kvtier.kernels.cuda import CudaDevice
-from kvtier.kernels.device import Device, DeviceError, OutOfDeviceMemory, Urgency
+from kvtier.kernels.cuda_driver import Driver
+from kvtier.kernels.device import Device, DeviceError, DeviceFault, OutOfDeviceMemory, Urgency
 from kvtier.kernels.host import HostDevice
 from kvtier.kernels.source import KERNELS
 from tests.contracts.device import (
@@ -30,7 +31,7 @@ from tests.contracts.device import (
     pattern,
     read,
 )
-from tests.kernels.fake_cuda import CALLS, FakeCuda, FakeRuntime
+from tests.kernels.fake_cuda import CALLS, FakeCuda, FakeRuntime, install
 
 
 def why_no_gpu() -> str:
@@ -94,11 +95,7 @@ def test_cupy_names_things_as_is_assumed() -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    made = FakeCuda()
-    monkeypatch.setattr(cuda, "_Driver", lambda index: made)
-    monkeypatch.setattr(cubins, "kernels_for", lambda nvrtc, capability: b"cubin")
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=made))
-    return made
+    return install(monkeypatch)
 
 
 class TestCudaDeviceOnFakeCuda(DeviceInOneProcess):
@@ -193,7 +190,7 @@ def test_a_batch_is_handed_to_the_driver_as_its_signature_says(
 
     signature = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 9)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    driver = cuda._Driver(0)
+    driver = Driver(0)
     triples = [(1 << 40, 2, 3), (4, 5, 6)]
     assert not driver.copy_batch(7, triples), "the driver is older than 12.8"
     driver._copy_batch = signature(batch)
@@ -214,8 +211,8 @@ def test_kernels_that_cannot_be_had_are_said_once_and_copies_work(
         raise RuntimeError("no libnvrtc")
 
     monkeypatch.undo()
-    monkeypatch.setattr(cuda, "_Driver", lambda index: fake)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=fake))
+    monkeypatch.setattr(cuda, "Driver", lambda index: fake)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=fake, __version__="14.2.0"))
     fake.nvrtc.getVersion = missing
     with caplog.at_level(logging.WARNING):
         device = CudaDevice(3)
@@ -229,7 +226,7 @@ def test_kernels_that_cannot_be_had_are_said_once_and_copies_work(
     assert [record.name for record in caplog.records] == ["kvtier.kernels.cuda"]
 
 
-@pytest.mark.parametrize("status", [700, 702, 710, 714, 716, 719])
+@pytest.mark.parametrize("status", [214, 700, 702, 710, 714, 716, 719])
 def test_a_fatal_error_says_that_the_process_must_restart_and_closing_ends(
     fake: FakeCuda, status: int
 ) -> None:
@@ -249,7 +246,7 @@ def test_a_fatal_error_says_that_the_process_must_restart_and_closing_ends(
         lambda: device.launch(stream, KERNELS[0], 1, bytes(8)),
     ]
     for call in calls:
-        with pytest.raises(DeviceError, match="restart the process"):
+        with pytest.raises(DeviceFault, match="restart the process"):
             call()
     device.close()
     memory.release()  # nothing holds it
@@ -380,7 +377,7 @@ def test_the_gpu_is_made_current_and_what_was_current_is_put_back(
             return 700 if name == "cuCtxPopCurrent_v2" else 0
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    driver = cuda._Driver(1)
+    driver = Driver(1)
     for _ in range(2):
         with suppress(KeyError), driver.current():
             raise KeyError  # it is put back then, too, and the error stays what it is

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from kvtier.errors import InvalidRequest
 from kvtier.kernels import paged_reference as reference
+from kvtier.kernels.arrays import Array
 from kvtier.kernels.compiled import HostKernels
 from kvtier.kernels.device import Place, Region, Span
-from kvtier.kernels.paged import Array, Job, PagedCache, gather, scatter
+from kvtier.kernels.paged import Job, PagedCache, gather, scatter
 from kvtier.spaces import Layout
 
 # Chunks are moved as bytes: one type for each width.
@@ -280,32 +280,6 @@ def test_side_by_side_planes_are_split_off_an_axis() -> None:
     assert cache.bases[0][1] - cache.bases[0][0] == 10
     with pytest.raises(InvalidRequest, match="10 cannot be split into 3"):
         Array.of(array).split(3, 3)
-
-
-def tensor(array: NDArray[Any]) -> Any:
-    return SimpleNamespace(
-        shape=array.shape,
-        data_ptr=lambda: array.ctypes.data,
-        stride=lambda: tuple(step // array.itemsize for step in array.strides),
-        element_size=lambda: array.itemsize,
-    )
-
-
-def on_device(array: NDArray[Any]) -> Any:
-    return SimpleNamespace(__cuda_array_interface__=array.__array_interface__)
-
-
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("form", [tensor, on_device, Array.of])
-def test_every_kind_of_array_is_understood(form: Callable[..., Any], step: int) -> None:
-    array = np.zeros((4, 6, 3), np.float32)[:, ::step]
-    wanted = Array(array.ctypes.data, array.shape, array.strides, 4)
-    assert Array.of(form(array)) == Array.of(array) == wanted
-
-
-def test_what_is_no_array_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="a list tells no address"):
-        Array.of([1, 2, 3])
 
 
 LAYOUT = Layout("float16", layers=2, heads=2, head_dim=8, tokens=10)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.kernels.device import Device, DeviceError, Region, Span, Stream, Urgency
+from kvtier.kernels.device import Device, DeviceError, DeviceFault, Region, Span, Stream, Urgency
 from kvtier.kernels.host import Chaos, HostDevice
 from kvtier.tiers.base import Outcome
 from kvtier.transfer.bus import Bus, Haul, Pacing
@@ -249,6 +249,32 @@ async def test_closing_ends_what_was_not_begun() -> None:
     outcomes = await arrived(hauls)
     assert outcomes[0] is Outcome.HIT
     assert outcomes[2] is Outcome.FAILED
+    device.close()
+
+
+async def test_a_fault_ends_all_copies_also_one_that_somebody_comes_to_wait_for() -> None:
+    device = Gated()
+    memories = Memories(device)
+    told: list[DeviceFault] = []
+    async with running(device, Pacing(SLOT)) as bus:
+        bus.on_fault = told.append
+        hauls = [
+            bus.move(memories.span(memories.vram, slot), memories.span(memories.host, slot),
+                     Urgency.OFFLOADS)
+            for slot in range(2)
+        ]  # fmt: skip
+        assert await asyncio.to_thread(device.reached.wait, PATIENCE_S)
+        fault = DeviceFault("fallen off the bus")
+        for _ in range(2):
+            bus._stop_at(fault)
+        bus.hurry(hauls[1])
+        hauls.append(
+            bus.move(memories.span(memories.vram, 2), memories.span(memories.host, 2),
+                     Urgency.LOADS)
+        )  # fmt: skip
+        device.gate.set()
+        assert await arrived(hauls) == [Outcome.FAILED] * 3
+        assert (told, bus.fault) == ([fault], fault)
     device.close()
 
 

@@ -59,12 +59,26 @@ async def test_a_prefetch_that_someone_waits_for_moves_forward() -> None:
         await store.loading.acquire()
         early = mover.load(records[1], spans[1], Priority.PREFETCH)
         late = mover.load(records[2], spans[2], Priority.PREFETCH)
-        mover.raise_priority(late, Priority.DEMAND)
-        mover.raise_priority(late, Priority.PREFETCH)  # never back
+        mover.prioritise(late, Priority.DEMAND)
         store.gate.set()
         await asyncio.gather(first.outcome, early.outcome, late.outcome)
         assert order(store) == [0, 2, 1]
         assert [bytes(span) for span in spans[:3]] == [bytes([n]) * 8 for n in range(3)]
+
+
+async def test_a_load_that_nobody_waits_for_any_more_holds_up_no_write() -> None:
+    store = MemoryStore()
+    async with mover_over(store, 2) as (mover, records):
+        store.gate.clear()
+        spans = [memoryview(bytearray(8)) for _ in records]
+        running = mover.load(records[0], spans[0], Priority.PREFETCH)
+        await store.loading.acquire()
+        left = mover.load(records[1], spans[1], Priority.DEMAND)
+        mover.prioritise(left, Priority.PREFETCH)
+        store.gate.set()
+        async with asyncio.timeout(30):
+            await mover.store([job(9)])
+        assert await asyncio.gather(running.outcome, left.outcome) == [Outcome.HIT] * 2
 
 
 async def test_what_has_not_started_can_be_given_up() -> None:
