@@ -33,7 +33,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kvtier.client import Client, connect
-from kvtier.connectors.vllm.copies import copies_for
+from kvtier.connectors.vllm.device_copies import open_copies
 from kvtier.connectors.vllm.extras import Extras
 from kvtier.connectors.vllm.identity import (
     block_tokens_of,
@@ -51,7 +51,8 @@ from kvtier.connectors.vllm.parts import Part, check_layer, parts_of
 from kvtier.connectors.vllm.scheduling import Scheduling
 from kvtier.connectors.vllm.settings import Settings
 from kvtier.connectors.vllm.stats import KvtierMetrics, KvtierStats
-from kvtier.connectors.vllm.working import Working
+from kvtier.connectors.vllm.working import Working, asks_by_layer
+from kvtier.kernels.device import Device
 
 logger = logging.getLogger("vllm.kvtier")
 
@@ -96,6 +97,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._lookups: Lookups | None = None
         self._parts: tuple[Part, ...] = ()
         self._clients: list[Client] = []
+        self._device: Device | None = None
         refuse_unsupported(vllm_config, kv_cache_config)
         for layer in layers_of(kv_cache_config, {}):
             check_layer(layer, self._settings.chunk_tokens)
@@ -121,6 +123,8 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._lookups.close()
         for client in self._clients:
             client.close()
+        if self._device is not None:
+            self._device.close()
 
     @property
     def working(self) -> Working | None:
@@ -140,11 +144,12 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layers_of(self._cache, packing), model, shard, self._settings.chunk_tokens
         )
         counts = [self._cache.num_blocks] * len(self._cache.kv_cache_groups)
+        pages = [Pages(part, kv_caches, counts) for part in self._parts]
+        copies, self._device = open_copies(pages)
         stored = [
-            Stored(part, Pages(part, kv_caches, counts), self._connect(part, None), writer)
-            for part in self._parts
+            Stored(part, each, self._connect(part, None), writer)
+            for part, each in zip(self._parts, pages, strict=True)
         ]
-        copies = copies_for(stored[0].pages.device)
         block_tokens = block_tokens_of(self._cache)[0]
         self._working = Working(
             stored,
@@ -169,10 +174,12 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._working is not None:
-            self._working.load(self._get_connector_metadata().orders)
+            orders = self._get_connector_metadata().orders
+            self._working.load(orders, by_layer=asks_by_layer(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass  # all layers are loaded before the forward
+        if self._device is not None and self._working is not None:
+            self._working.before_layer(layer_name)  # else all are loaded before the forward
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -340,6 +347,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             deadline_s=self._settings.deadline_ms / 1000,
             path=path,
             name=f"vllm {self._role.name.lower()}",
+            device=self._device,
         )
 
 

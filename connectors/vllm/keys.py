@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Callable, Sequence
 
-from kvtier.chunks import ChunkKey, Prefix, chain, pack_tokens
+from kvtier.chunks import ChunkKey, Prefix, chain, new_request, pack_tokens
 
 Extra = Callable[[int], bytes]
 """What decides a chunk's KV besides the tokens, by the chunk's place in the request."""
 
 
 class Chains:
-    """One chain of keys for each root, all over the same tokens."""
+    """One chain of keys for each root, all over the same tokens: those of one request, whose number
+    goes with every prefix, to whichever process it is sent."""
 
     def __init__(self, roots: Sequence[bytes], chunk_tokens: int) -> None:
         self._roots = {root: ChunkKey(root) for root in roots}
         self.chunk_tokens = chunk_tokens
         self._keys: dict[bytes, list[ChunkKey]] = {root: [] for root in roots}
         self._chunks = 0
+        self._request = new_request()
 
     @property
     def chunks(self) -> int:
@@ -40,7 +42,7 @@ class Chains:
         """The keys of chunks `first` to `stop` (exclusive) in one space."""
         keys = self._keys[root]
         parent = keys[first - 1] if first else self._roots[root]
-        return Prefix(tuple(keys[first:stop]), parent, self.chunk_tokens)
+        return Prefix(tuple(keys[first:stop]), parent, self.chunk_tokens, request=self._request)
 
 
 def digest_of(extra_keys: object, *more: str) -> bytes:

@@ -106,12 +106,13 @@ class Offloader:
     def _offload_part(self, stored: Stored, run: Run, number: int, after: object) -> Offloaded:
         with stored.client.offload(run.prefix, self._deadline_s) as offload:
             for slot in offload:
+                self._copies.reach(after)  # out of the fence's way: it would wait for it
                 if not self._enter(number):
                     self._tally.add(fenced_offloads=1)
                     break
                 try:
                     blocks = blocks_of(stored.part, run, slot.index)
-                    self._copies.gather(stored.pages, slot.data, blocks, after)
+                    self._copies.gather(stored.pages, slot.data, blocks, slot.span)
                 finally:
                     self._leave()
                 del slot

@@ -28,7 +28,7 @@ Views = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Band:
+class Band:
     """Layers of a part that are paged alike: their places in it, and their caches as words."""
 
     group: int
@@ -44,8 +44,9 @@ class _Band:
 class Pages:
     """One part's layers in the engine's cache.
 
-    `block_counts` are the blocks of each cache group. Raises InvalidRequest, naming the layer, when
-    a tensor is not what the part's layout says.
+    `block_counts` are the blocks of each cache group; `block_tokens` maps a group to the tokens of
+    a block, `shape` is a chunk's [layers, heads, tokens, words]. Raises InvalidRequest, naming the
+    layer, when a tensor is not what the part's layout says.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Pages:
         layout = part.space.layout
         self.nbytes = layout.nbytes
         self._chunk_tokens = layout.tokens
-        self._block_tokens = dict(part.groups)
+        self.block_tokens = dict(part.groups)
+        self.layer_names = tuple(name for name, _ in part.layers)
         dtype = getattr(torch, layout.dtype)
         content = layout.planes * layout.head_dim
         layers: list[tuple[int, int, torch.Tensor]] = []  # group, rows of a block, cache
@@ -68,9 +70,9 @@ class Pages:
         self.device = layers[0][2].device
         self._word = next(word for word in _WORDS if all(_allows(each[2], word) for each in layers))
         words = content * dtype.itemsize // self._word.itemsize
-        self._shape = (layout.layers, layout.heads, layout.tokens, words)
-        self._bands = tuple(
-            _Band(
+        self.shape = (layout.layers, layout.heads, layout.tokens, words)
+        self.bands = tuple(
+            Band(
                 *alike,
                 tuple(place for place, each in enumerate(layers) if each[:2] == alike),
                 tuple(each[2].view(self._word) for each in layers if each[:2] == alike),
@@ -83,10 +85,10 @@ class Pages:
     ) -> int:
         """How many rows of a layer's cache are one block of the table, after checking its shape."""
         rows = cache.shape[0] // blocks if blocks else 0
-        tokens = self._block_tokens[group] // rows if rows else 0
+        tokens = self.block_tokens[group] // rows if rows else 0
         heads, width = content
         wanted = (blocks * rows, heads, tokens, width)
-        if not rows or tuple(cache.shape) != wanted or tokens * rows != self._block_tokens[group]:
+        if not rows or tuple(cache.shape) != wanted or tokens * rows != self.block_tokens[group]:
             raise InvalidRequest(
                 f"vllm: layer {name} has a KV cache of shape {tuple(cache.shape)}; "
                 f"{wanted} is needed"
@@ -96,11 +98,17 @@ class Pages:
     def chunk(self, data: memoryview) -> torch.Tensor:
         """A chunk's bytes as a tensor of the chunk's shape, without a copy; also over read-only
         memory, which the caller must not write. Valid as long as `data` is."""
-        return tensor_over(data).view(self._word).view(self._shape)
+        return tensor_over(data).view(self._word).view(self.shape)
 
     def new_chunk(self) -> torch.Tensor:
         """An uninitialised chunk on the engine's device."""
-        return torch.empty(self._shape, dtype=self._word, device=self.device)
+        return torch.empty(self.shape, dtype=self._word, device=self.device)
+
+    def check(self, blocks: Mapping[int, Sequence[int]]) -> None:
+        """Raise ValueError unless these are the block ids of one chunk, for each group."""
+        for group, block_tokens in self.block_tokens.items():
+            if len(blocks[group]) * block_tokens != self._chunk_tokens:
+                raise ValueError(f"{len(blocks[group])} blocks given for a chunk of group {group}")
 
     def views(
         self, chunk: torch.Tensor, blocks: Mapping[int, Sequence[int]], skip_tokens: int = 0
@@ -111,14 +119,12 @@ class Pages:
         `blocks` are the block ids of all the chunk's tokens, for each group; tokens in block 0 are
         left out. Raises ValueError when they are fewer or more: a chunk is whole or it is nothing.
         """
-        for group, block_tokens in self._block_tokens.items():
-            if len(blocks[group]) * block_tokens != self._chunk_tokens:
-                raise ValueError(f"{len(blocks[group])} blocks given for a chunk of group {group}")
+        self.check(blocks)
         views: Views = [], []
-        for band in self._bands:
-            tokens = self._block_tokens[band.group]
+        for band in self.bands:
+            tokens = self.block_tokens[band.group]
             # [layers, heads, rows of all blocks, tokens of a row, words]
-            cut = chunk.view(*self._shape[:2], -1, tokens // band.rows, self._shape[3])
+            cut = chunk.view(*self.shape[:2], -1, tokens // band.rows, self.shape[3])
             for place in range(skip_tokens // tokens, len(blocks[band.group])):
                 block = blocks[band.group][place]
                 for row in range(band.rows if block else 0):
@@ -126,12 +132,12 @@ class Pages:
                     self._add(views, band, block * band.rows + row, piece)
         return views
 
-    def _add(self, views: Views, band: _Band, line: int, piece: torch.Tensor) -> None:
+    def _add(self, views: Views, band: Band, line: int, piece: torch.Tensor) -> None:
         """Add one row of each layer of a band and its piece of the chunk, [layers, heads, …]; head
         by head where it is large."""
         paged, flat = views
         pieces = piece.unbind(0)
-        if len(self._bands) > 1:
+        if len(self.bands) > 1:
             pieces = tuple(pieces[place] for place in band.places)
         if pieces[0].numel() < TORCH_GRAIN:
             paged += band.blocks(line)

@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any, Self
 
 from kvtier.client.transport import grpc_target
-from kvtier.config import default_listen
 from kvtier.errors import InvalidRequest
+from kvtier.sections import default_listen
 from kvtier.spaces import MAX_TEXT_BYTES
 
 _RANGES = {

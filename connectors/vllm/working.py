@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvtier.client import Client
 from kvtier.connectors.vllm.copies import Copies
@@ -52,6 +53,8 @@ class Working:
         self._offloader = Offloader(parts, copies, deadline_s, self.tally)
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
+        # Layers before which the engine has never asked: it may never do so.
+        self._silent = {name for stored in parts for name in stored.pages.layer_names}
         self._background = _BackgroundLoads(
             Loader(parts, copies, deadline_s, self.tally), deadline_s
         )
@@ -75,16 +78,19 @@ class Working:
         if orders.fence:
             self._offloader.fence(orders.fence)
 
-    def load(self, orders: StepOrders) -> None:
-        """Load now what this step's forward needs, and begin what it does not."""
+    def load(self, orders: StepOrders, *, by_layer: bool = False) -> None:
+        """Load now what this step's forward needs, and begin what it does not. `by_layer`: the
+        forward calls `before_layer` as often as it ever did."""
         self._idle = orders.idle
-        for order in orders.loads:
-            if order.background:
-                self._background.begin(order)
-            elif (reached := self._loader.load(order)) < order.stop:
-                self._failed(order, reached)
+        if orders.loads:
+            self._load(orders.loads, by_layer=by_layer and not self._silent)
         if orders.confirm:
             self._report.confirmed.add(orders.step)
+
+    def before_layer(self, name: str) -> None:
+        """The forward is about to read a layer of the cache."""
+        self._silent.discard(name)
+        self._loader.before_layer(name)
 
     def offload(self, orders: StepOrders) -> None:
         """Begin to offload; the step's forward has been given to the device."""
@@ -100,7 +106,10 @@ class Working:
         return arrivals
 
     def bad_blocks(self) -> set[int]:
-        """Blocks that this step should have loaded and did not."""
+        """Blocks that this step should have loaded and did not. Waits for what is under way ahead
+        of the forward, so that nothing of it is left behind the step."""
+        for order in self._loader.settle():
+            self._failed(order, order.start)
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
@@ -120,6 +129,14 @@ class Working:
         for stored in self._parts:
             stored.client.close()
 
+    def _load(self, orders: Sequence[LoadOrder], *, by_layer: bool) -> None:
+        mark = self._copies.mark()
+        for order in orders:
+            if order.background:
+                self._background.begin(order, mark)
+            elif (reached := self._loader.load(order, mark, by_layer=by_layer)) < order.stop:
+                self._failed(order, reached)
+
     def _failed(self, order: LoadOrder, reached: int) -> None:
         """Name the blocks of all tokens from `reached` on: the engine computes them anew."""
         self._report.failed.add(order.request)
@@ -130,6 +147,14 @@ class Working:
                 self._bad_blocks |= set(blocks[lost:]) - {0}
 
 
+def asks_by_layer(forward_context: Any) -> bool:
+    """Whether vLLM's forward calls `before_layer`: a full CUDA graph runs none of our code. Where
+    the context names no attention, vLLM has not decided yet or there is no forward."""
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    decided = getattr(forward_context, "attn_metadata", None) is not None
+    return decided and getattr(mode, "name", "") in {"NONE", "PIECEWISE"}
+
+
 class _BackgroundLoads:
     """Loads beside the engine's steps, one after the other. The deadline of each counts from its
     order, so that those behind a slow one do not wait longer than it."""
@@ -137,19 +162,21 @@ class _BackgroundLoads:
     def __init__(self, loader: Loader, deadline_s: float) -> None:
         self._loader = loader
         self._deadline_s = deadline_s
-        self._queue: queue.SimpleQueue[tuple[LoadOrder, float] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[LoadOrder, object, float] | None]
+        self._queue = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._under_way = 0
         self._arrivals = Arrivals(set(), set())
         self._thread: threading.Thread | None = None
 
-    def begin(self, order: LoadOrder) -> None:
+    def begin(self, order: LoadOrder, mark: object) -> None:
+        """Load behind the engine's work up to a mark."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kvtier-load", daemon=True)
             self._thread.start()
         with self._changed:
             self._under_way += 1
-        self._queue.put((order, time.monotonic() + self._deadline_s))
+        self._queue.put((order, mark, time.monotonic() + self._deadline_s))
 
     def take(self, wait_s: float) -> Arrivals:
         """What has ended since the last call, or ends while it waits."""
@@ -166,12 +193,12 @@ class _BackgroundLoads:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            order, until_s = item
+            order, mark, until_s = item
             reached = order.start
             try:
                 left_s = until_s - time.monotonic()
                 if left_s > 0:
-                    reached = self._loader.load(order, left_s)
+                    reached = self._loader.load(order, mark, left_s)
             finally:  # whatever happens, the engine waits for this request
                 with self._changed:
                     self._under_way -= 1

@@ -154,7 +154,7 @@ class Engine:
         assert self.settle(), "chunks are still being copied out of blocks"
         torch = importlib.import_module("torch")
         for stored in self._stored():
-            for band in stored.pages._bands:
+            for band in stored.pages.bands:
                 for cache in band.caches:
                     cache.view(torch.uint8).fill_(0x42)  # 48.5 in bfloat16 and in float32
 
@@ -232,7 +232,9 @@ def _changed(load: Callable[..., Any], change: Change) -> Callable[..., _Load]:
 def _copying(
     scatter: Callable[..., int], change: Callable[[Any, Sequence[Any]], Sequence[Any]]
 ) -> Callable[..., int]:
-    return lambda stored, run, order, chunks: scatter(stored, run, order, change(stored, chunks))
+    return lambda stored, run, order, chunks, way: scatter(
+        stored, run, order, change(stored, chunks), way
+    )
 
 
 def _first(chunks: Iterator[Any], count: int) -> Iterator[Any]:

@@ -46,6 +46,18 @@ def test_a_run_is_a_slice_that_knows_its_parent(
     assert chains.run(ROOTS[0], first, stop) == whole[first:stop]
 
 
+def test_all_that_one_request_does_has_its_number_wherever_it_is_done() -> None:
+    chains, others = Chains(ROOTS, 2), Chains(ROOTS, 2)
+    for each in (chains, others):
+        each.extend(range(10), extra_of)
+    looked_up = chains.run(ROOTS[0], 0, 5)
+    offloaded = chains.run(ROOTS[1], 2, 5)[1:]
+    assert looked_up.request == offloaded.request != 0
+    assert others.run(ROOTS[0], 0, 5).request != looked_up.request
+    chains.extend(range(20), extra_of)  # it goes on
+    assert chains.run(ROOTS[0], 5, 10).request == looked_up.request
+
+
 @given(tokens=TOKENS.filter(len))
 def test_spaces_share_no_key(tokens: list[int]) -> None:
     chains = Chains(ROOTS, 1)

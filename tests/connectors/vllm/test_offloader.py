@@ -219,15 +219,37 @@ def test_an_offload_reads_after_its_own_mark(make: Make) -> None:
     seen: list[object] = []
 
     class Marked(HostCopies):
-        def gather(self, pages: Any, data: Any, blocks: Any, after: object) -> None:
-            seen.append(after)
-            super().gather(pages, data, blocks, after)
+        def reach(self, mark: object) -> None:
+            seen.append(mark)
+
+        def gather(self, pages: Any, data: Any, blocks: Any, span: Any) -> None:
+            seen.append("gathers")
+            super().gather(pages, data, blocks, span)
 
     made = make(Marked())
     made.offloader.submit(offload(1, 39, WHOLE, BLOCKS[:2]), "first")
     made.offloader.submit(offload(2, 40, WHOLE, BLOCKS), "second")
     until_done(made, 2)
-    assert seen == ["first", "second", "second", "second"]
+    assert seen == ["first", "gathers", *["second", "gathers"] * 3]
+
+
+def test_a_fence_does_not_wait_for_the_engines_own_work(make: Make) -> None:
+    """The work that fills the blocks is not done: nothing is read yet, so it can be given up."""
+    reached, may = threading.Event(), threading.Event()
+
+    class Late(HostCopies):
+        def reach(self, mark: object) -> None:
+            reached.set()
+            assert may.wait(HANG_S)
+
+    made = make(Late(), wait_s=0.0)
+    made.offloader.submit(offload(1, 90, WHOLE, BLOCKS), None)
+    assert reached.wait(HANG_S)
+    made.offloader.fence(1)  # returns
+    may.set()
+    until_done(made, 1)
+    counted = made.tally.take()
+    assert (counted["fenced_offloads"], counted["refused_chunks"]) == (1, 3)
 
 
 def test_stored_chunks_are_reported_once(make: Make) -> None:

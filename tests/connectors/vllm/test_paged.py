@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,117 +15,7 @@ from kvtier.connectors.vllm.paged import Pages, tensor_over  # noqa: E402
 from kvtier.connectors.vllm.parts import Part, Shard, parts_of  # noqa: E402
 from kvtier.errors import InvalidRequest  # noqa: E402
 from tests.connectors.vllm.making import MODEL, layer  # noqa: E402
-
-# The physical order of layers, blocks, heads, tokens and content, as vLLM names its layouts.
-LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
-DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "float64"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A cache of one or two groups, and the sizes of everything in it."""
-
-    layout: str
-    dtype: str
-    blocks: int
-    heads: int
-    dim: int
-    block_tokens: tuple[int, ...]  # of each group
-    kernel_blocks: tuple[int, ...]  # in a block, of each group
-    layers: tuple[int, ...]  # each layer's group
-    chunk: int
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    groups = draw(st.integers(1, 2))
-    kernel_blocks = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(groups))
-    block_tokens = tuple(rows * draw(st.integers(1, 3)) for rows in kernel_blocks)
-    several = block_tokens[0] * block_tokens[-1]
-    layers = draw(st.lists(st.integers(0, groups - 1), min_size=1, max_size=4))
-    layout = draw(st.sampled_from(LAYOUTS))
-    if max(kernel_blocks) > 1 and not layout.startswith("LB"):
-        layout = "LBHNC"  # vLLM splits blocks of dense pages only
-    return Case(
-        layout, draw(st.sampled_from(DTYPES)), draw(st.integers(3 * several + 2, 3 * several + 9)),
-        draw(st.integers(1, 3)), draw(st.integers(1, 3)), block_tokens, kernel_blocks,
-        (*layers, *range(groups)), several * draw(st.integers(1, 2)),
-    )  # fmt: skip
-
-
-def noise(nbytes: int, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
-
-
-class Engine:
-    """A paged cache full of noise, laid out as a case says, and its part."""
-
-    def __init__(self, case: Case, seed: int) -> None:
-        self.case = case
-        names = [f"model.layers.{index}.attn" for index in range(len(case.layers))]
-        (self.part,) = parts_of(
-            [
-                layer(
-                    name, group, block_tokens=case.block_tokens[group], dtype=case.dtype,
-                    heads=case.heads, key_dim=case.dim, value_dim=case.dim,
-                    content_bytes=2 * case.dim,
-                )
-                for name, group in zip(names, case.layers, strict=True)
-            ],
-            MODEL, Shard(), case.chunk,
-        )  # fmt: skip
-        self.caches: dict[str, Any] = {}
-        for group in set(case.layers):
-            mine = [name for name, of in zip(names, case.layers, strict=True) if of == group]
-            self.caches.update(zip(mine, self._views(group, len(mine), seed), strict=True))
-        self.pages = Pages(self.part, self.caches, [case.blocks] * len(case.block_tokens))
-
-    def _views(self, group: int, layers: int, seed: int) -> list[Any]:
-        case = self.case
-        rows = case.kernel_blocks[group]
-        extents = {
-            "L": layers,
-            "B": case.blocks * rows,
-            "H": case.heads,
-            "N": case.block_tokens[group] // rows,
-            "C": 2 * case.dim,
-        }
-        dtype = getattr(torch, case.dtype)
-        shape = [extents[axis] for axis in case.layout]
-        count = math.prod(shape)
-        # The layers of a group share one allocation.
-        raw = noise(count * dtype.itemsize, seed + group).view(dtype).view(shape)
-        ordered = raw.permute([case.layout.index(axis) for axis in "LBHNC"])
-        return list(ordered.unbind(0))
-
-    def tokens(self, name: str, group: int, blocks: Sequence[int]) -> Any:
-        """What a layer holds in some blocks: bytes of [tokens, heads, content]."""
-        rows = self.case.kernel_blocks[group]
-        cache = self.caches[name]
-        pieces = [
-            cache[block * rows + row].transpose(0, 1) for block in blocks for row in range(rows)
-        ]
-        return torch.cat([piece.contiguous().view(torch.uint8) for piece in pieces])
-
-    def everything(self) -> dict[tuple[str, int], Any]:
-        return {
-            (name, block): self.tokens(name, group, [block]).clone()
-            for name, group in self.part.layers
-            for block in range(self.case.blocks)
-        }
-
-    def some_blocks(self, data: st.DataObject) -> dict[int, list[int]]:
-        """Block ids for one chunk, for each group; no two alike."""
-        return {
-            group: data.draw(
-                st.lists(
-                    st.integers(1, self.case.blocks - 1), unique=True,
-                    min_size=self.case.chunk // tokens, max_size=self.case.chunk // tokens,
-                )
-            )
-            for group, tokens in self.part.groups
-        }  # fmt: skip
+from tests.connectors.vllm.paged_engines import LAYOUTS, Case, Engine, cases, noise  # noqa: E402
 
 
 def gathered(engine: Engine, blocks: Mapping[int, Sequence[int]]) -> bytearray:
@@ -151,7 +40,7 @@ def test_a_chunk_comes_back_token_for_token_and_touches_nothing_else(
     }
     before = mine.everything()
     memory = memoryview(bytes(chunk) if read_only else chunk)
-    HostCopies().scatter(mine.pages, [Landed(memory, target, skip)])
+    HostCopies().scatter(mine.pages, [Landed(memory, target, skip)], None)
     after = mine.everything()
     for name, group in mine.part.layers:
         tokens = case.block_tokens[group]
@@ -187,7 +76,7 @@ def test_the_layout_of_memory_does_not_show_in_a_chunk(case: Case, data: st.Data
     assert first.part.digest == second.part.digest
     source, target = first.some_blocks(data), second.some_blocks(data)
     chunk = gathered(first, source)
-    HostCopies().scatter(second.pages, [Landed(memoryview(chunk), target, 0)])
+    HostCopies().scatter(second.pages, [Landed(memoryview(chunk), target, 0)], None)
     assert gathered(second, target) == chunk
 
 
@@ -211,7 +100,7 @@ def test_a_chunk_of_too_few_or_too_many_blocks_is_refused(blocks: list[int], way
     copies, view = HostCopies(), memoryview(data)
     call = {
         "gather": lambda: copies.gather(engine.pages, view, {0: blocks}, None),
-        "scatter": lambda: copies.scatter(engine.pages, [Landed(view, {0: blocks}, 0)]),
+        "scatter": lambda: copies.scatter(engine.pages, [Landed(view, {0: blocks}, 0)], None),
     }[way]
     with pytest.raises(ValueError, match=f"{len(blocks)} blocks"):
         call()
@@ -227,10 +116,10 @@ def test_several_chunks_are_scattered_at_once() -> None:
         Landed(memoryview(chunks[1]), {0: [3, 4]}, 4),
     ]
     kept = engine.tokens("model.layers.0.attn", 0, [3]).clone()
-    HostCopies().scatter(engine.pages, landed)
+    HostCopies().scatter(engine.pages, landed, None)
     assert gathered(engine, {0: [1, 2]}) == chunks[0]
     assert torch.equal(engine.tokens("model.layers.0.attn", 0, [3]), kept)
-    HostCopies().scatter(engine.pages, [])
+    HostCopies().scatter(engine.pages, [], None)
 
 
 def test_read_only_memory_is_read_without_a_warning() -> None:

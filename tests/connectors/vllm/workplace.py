@@ -16,6 +16,7 @@ from kvtier.connectors.vllm.orders import LoadOrder, OffloadOrder, Run, StepOrde
 from kvtier.connectors.vllm.paged import Pages
 from kvtier.connectors.vllm.parts import Part
 from kvtier.connectors.vllm.working import Working
+from kvtier.kernels.device import Span
 from tests.connectors.vllm.making import BLOCK, parts
 from tests.sidecar import HANG_S, until
 
@@ -106,11 +107,15 @@ class HeldCopies(HostCopies):
         return self.marks
 
     def gather(
-        self, pages: Pages, data: memoryview, blocks: Mapping[int, Sequence[int]], after: object
+        self,
+        pages: Pages,
+        data: memoryview,
+        blocks: Mapping[int, Sequence[int]],
+        span: Span | None,
     ) -> None:
         self.begun.release()
         assert self.may.acquire(timeout=HANG_S)
-        super().gather(pages, data, blocks, after)
+        super().gather(pages, data, blocks, span)
 
 
 class BrokenClient:
@@ -133,11 +138,15 @@ class BrokenClient:
 class BrokenCopies(HostCopies):
     """Copies that fail."""
 
-    def scatter(self, pages: Pages, chunks: Sequence[Landed]) -> None:
+    def scatter(self, pages: Pages, chunks: Sequence[Landed], after: object) -> None:
         raise RuntimeError("the device is gone")
 
     def gather(
-        self, pages: Pages, data: memoryview, blocks: Mapping[int, Sequence[int]], after: object
+        self,
+        pages: Pages,
+        data: memoryview,
+        blocks: Mapping[int, Sequence[int]],
+        span: Span | None,
     ) -> None:
         raise RuntimeError("the device is gone")
 
