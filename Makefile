@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo vllm vllm-overheads vllm-env test check bench proto clean
+.PHONY: help demo vllm vllm-overheads vllm-env test check bench gpu proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -51,6 +51,13 @@ bench: $(READY) ## the figures of this machine, as JSON, in out/bench-*.json
 	$(BIN)/kvtier bench lookup --json > out/bench-lookup.json
 	$(BIN)/kvtier bench disk --json > out/bench-disk.json
 	@for file in out/bench-*.json; do echo "== $$file"; cat "$$file"; echo; done
+
+# Needs no environment of ours: only the packages, in an interpreter that has them.
+GPU_PYTHON ?= python3
+GPU_DEVICE ?= cuda:0
+
+gpu: ## tests and figures of a GPU, with GPU_PYTHON; GPU_DEVICE=host is a dry run
+	@"$(GPU_PYTHON)" scripts/gpu_suite.py --device "$(GPU_DEVICE)"
 
 proto: $(READY) ## write the stubs of proto/*.proto again
 	$(BIN)/python scripts/generate_stubs.py

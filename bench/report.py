@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_PACKAGES = ("kvtier", "grpcio", "lmdb", "numpy", "protobuf", "xxhash", "zstandard")
+from kvtier.version import __version__
+
+_PACKAGES = ("grpcio", "lmdb", "numpy", "protobuf", "xxhash", "zstandard")
 _PROGRESS_EVERY_S = 0.1
 
 
@@ -49,11 +51,22 @@ class Report:
             "scenario": self.scenario,
             **self.figures,
             "targets": {name: str(target) for name, target in self.targets.items()},
+            "missed": self.missed,
             "setup": self.setup,
             "machine": _machine(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return json.dumps(document, indent=2) + "\n"
+
+    @property
+    def missed(self) -> list[str]:
+        """The figures that are not what their target asks; those that are not there are not."""
+        found = ((name, self.figures.get(name), target) for name, target in self.targets.items())
+        return [
+            name
+            for name, figure, target in found
+            if isinstance(figure, int | float) and not target.met(figure)
+        ]
 
     def as_table(self) -> str:
         rows = [
@@ -68,10 +81,10 @@ class Report:
         return "\n".join([*lines, f"  ({setup})"]) + "\n"
 
     def _verdict(self, name: str) -> str:
-        target, figure = self.targets.get(name), self.figures.get(name)
-        if target is None or not isinstance(figure, int | float):
+        target = self.targets.get(name)
+        if target is None or not isinstance(self.figures.get(name), int | float):
             return ""
-        return f"{'met' if target.met(figure) else 'MISSED'}: {target}"
+        return f"{'MISSED' if name in self.missed else 'met'}: {target}"
 
 
 class Progress:
@@ -96,7 +109,8 @@ class Progress:
 
 def _machine() -> dict[str, Any]:
     """What a figure depends on, and nothing that names the machine."""
-    versions = {"python": platform.python_version(), "linux": platform.release()}
+    versions = {"kvtier": __version__, "python": platform.python_version()}
+    versions["linux"] = platform.release()
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
