@@ -1,14 +1,14 @@
 """The words that tiers share: what a load can come to, and what a stored record is."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 
-ChunkT = TypeVar("ChunkT", bound=Hashable)
+EntryT = TypeVar("EntryT", bound="Entry")
 
 
 class Outcome(Enum):
@@ -89,15 +89,94 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-class Policy(Protocol[ChunkT]):
-    """An eviction order over chunks of one tier; sees no bytes, locks or clock.
+class Entry(Protocol):
+    """A chunk in one tier, as its policy sees it."""
 
-    That leaves go first is the index's doing: a policy may name any chunk.
+    mark: Any  # the policy's own, from `added` to `removed`
+
+    @property
+    def key(self) -> ChunkKey: ...
+    @property
+    def above(self) -> "Entry | None":
+        """The chunk before it, where the same tier can serve that one."""
+        ...
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it may be given up now: nobody uses it, and nothing continues it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A chunk about to be stored, as its tier's policy sees it: one of the keys of an arrival."""
+
+    arrival: Any  # the policy's own, from `Policy.arrival`
+    place: int
+
+
+class Policy(Protocol[EntryT]):
+    """An eviction order over the chunks of one tier and one tenant; sees no bytes and no locks.
+
+    That leaves go first is the index's doing. Times are seconds of one clock; where it goes back, a
+    policy takes it to stand still. A request is told once, by `asked`; what is then stored of it
+    comes as an arrival, and chunk by chunk, with other calls in between.
     """
 
-    def added(self, chunk: ChunkT) -> None: ...
-    def touched(self, chunk: ChunkT) -> None: ...
-    def removed(self, chunk: ChunkT) -> None: ...
-    def victims(self) -> Iterator[ChunkT]:
-        """Chunks from the first to give up to the last; its caller may remove what it was given."""
+    def asked(self, path: Sequence[EntryT], beyond: Sequence[ChunkKey], now_s: float) -> None:
+        """A prefix is asked for: `path` are its leading chunks that the tier has, from the root on,
+        `beyond` the keys after them."""
+        ...
+
+    def hinted(self, path: Sequence[EntryT], label: int, now_s: float) -> None:
+        """What the engine says of a prefix that it has just used; not a use. `path` are its leading
+        chunks that the tier has, from the root on; `label` is never 0."""
+        ...
+
+    def arrival(
+        self, above: EntryT | None, keys: Sequence[ChunkKey], now_s: float, label: int = 0
+    ) -> Any:
+        """What chunks are taken to be that are about to be stored under these keys, in prompt
+        order. They continue `above`: None when they start a prompt, or when the tier lacks what is
+        before them. `label` is what the engine said of them, 0 for nothing."""
+        ...
+
+    def admits(self, coming: Coming, over: EntryT) -> bool:
+        """Whether a chunk is worth more than one that would have to go for it."""
+        ...
+
+    def added(self, entry: EntryT, coming: Coming) -> None: ...
+    def removed(self, entry: EntryT, *, evicted: bool) -> None:
+        """A chunk has gone: `evicted` for room, so that its return would be news."""
+        ...
+
+    def victims(self, now_s: float) -> Iterator[EntryT]:
+        """Evictable chunks from the first to give up on. The caller removes the one it was given,
+        or leaves it there and asks for the next."""
+        ...
+
+    def reuse(self, entry: EntryT, now_s: float) -> float:
+        """The probability that a chunk is asked for again, as far as the policy knows; 1 where it
+        does not learn."""
+        ...
+
+
+class Learner(Protocol):
+    """What the policies of one tier learn from what they see, for all tenants together."""
+
+    @property
+    def due(self) -> bool:
+        """Whether enough was seen since the last time to learn from it."""
+        ...
+
+    def learn(self) -> None:
+        """Fit the tables anew: a few milliseconds, so off the way of every answer."""
+        ...
+
+    def dump(self) -> bytes:
+        """The tables, for the next run: a few KiB."""
+        ...
+
+    def restore(self, encoded: bytes) -> bool:
+        """Take over what `dump` gave; False, and nothing is changed, for anything else."""
         ...

@@ -10,135 +10,34 @@ A chunk is *held* when a tier has a READY replica of it. The tree keeps two prom
   pinned: removing a pinned replica detaches it, and the last unpin releases it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, IntEnum
+from collections.abc import Callable, Iterator, Sequence
 
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 from kvtier.tiers.arena import Slot
-from kvtier.tiers.base import Policy, Record
-
-
-class TierId(IntEnum):
-    """The tiers, fastest first; the value is the position in `Node.replicas`."""
-
-    GPU = 0
-    CPU = 1
-    DISK = 2
-
-
-class State(Enum):
-    """What a replica is; only a READY one is ever readable."""
-
-    WRITING = 0
-    READY = 1
-    DETACHED = 2  # left the tree; its bytes stay until the last pin goes
-
-
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One tier's copy of a chunk. `place` is a Slot in an arena, a Record in a store, or None while
-    a store has not said yet."""
-
-    node: "Node"
-    tier: TierId
-    place: Slot | Record | None
-    state: State = State.WRITING
-    pins: int = 0
-
-    @property
-    def slot(self) -> Slot:
-        """The slot of a replica in an arena."""
-        assert isinstance(self.place, Slot), f"{self.tier.name} replica has no slot"
-        return self.place
-
-    @property
-    def record(self) -> Record:
-        """The record of a replica in a store."""
-        assert isinstance(self.place, Record), f"{self.tier.name} replica has no record"
-        return self.place
-
-
-class Branch:
-    """One space's tree: its chunks by key."""
-
-    __slots__ = ("digest", "nodes", "space")
-
-    def __init__(self, space: Space) -> None:
-        self.space = space
-        self.digest = ChunkKey(space.digest)  # the parent of every prompt's first chunk
-        self.nodes: dict[ChunkKey, Node] = {}
-
-
-class Node:
-    """One chunk in the tree. Siblings form a linked list, so that any child leaves in O(1)."""
-
-    __slots__ = (
-        "branch", "children_in", "created_s", "first_child", "key", "next", "parent", "previous",
-        "ready_count", "replicas",
-    )  # fmt: skip
-
-    def __init__(
-        self, branch: Branch, key: ChunkKey, parent: "Node | None", created_s: float
-    ) -> None:
-        self.branch = branch
-        self.key = key
-        self.parent = parent
-        self.created_s = created_s
-        self.replicas: list[Replica | None] = [None] * len(TierId)
-        self.ready_count = 0  # tiers with a READY replica
-        self.children_in = [0] * len(TierId)  # children with a replica in each tier
-        self.first_child: Node | None = None
-        self.next: Node | None = None
-        self.previous: Node | None = None
-
-    def ready(self, tier: TierId) -> Replica | None:
-        """The readable replica in a tier."""
-        replica = self.replicas[tier]
-        return replica if replica is not None and replica.state is State.READY else None
-
-    @property
-    def parent_key(self) -> ChunkKey:
-        return self.parent.key if self.parent is not None else self.branch.digest
-
-    @property
-    def held(self) -> bool:
-        """Whether any tier can serve this chunk."""
-        return self.ready_count > 0
-
-    def path(self) -> list["Node"]:
-        """From the first chunk of the prompt to this one."""
-        found: list[Node] = [self]
-        while (parent := found[-1].parent) is not None:
-            found.append(parent)
-        found.reverse()
-        return found
-
-    def children(self) -> Iterator["Node"]:
-        child = self.first_child
-        while child is not None:
-            following = child.next
-            yield child
-            child = following
-
-    def subtree(self) -> list["Node"]:
-        """This chunk and everything under it, children after their parents."""
-        found: list[Node] = [self]
-        for node in found:
-            found.extend(node.children())
-        return found
+from kvtier.tiers.base import Coming, Policy, Record
+from kvtier.tiers.tree import Branch, Node, Replica, State, Tenant, TierId
 
 
 class Index:
-    """The chunks of all spaces. `release` gets each replica that its tier may reuse."""
+    """The chunks of all spaces, in the tiers that there are. `make_policy` makes a tenant's policy
+    for a tier; `release` gets each replica that its tier may reuse; `on_detached` is told of one
+    that has left the tree while it was pinned, `on_gone` of a chunk that lost a replica and that no
+    tier holds now."""
 
     def __init__(
-        self, policies: Mapping[TierId, Policy[Node]], release: Callable[[Replica], None]
+        self,
+        make_policy: Callable[[TierId], Policy[Replica]],
+        release: Callable[[Replica], None],
+        tiers: Sequence[TierId] = tuple(TierId),
     ) -> None:
-        self._policies = policies
+        self._make_policy = make_policy
         self._release = release
+        self._tiers = tiers
+        self.on_detached: Callable[[Replica], None] = lambda replica: None
+        self.on_gone: Callable[[Node], None] = lambda node: None
         self._branches: dict[bytes, Branch] = {}
+        self._tenants: dict[str, Tenant] = {}
         self.chunks = [0] * len(TierId)  # READY replicas per tier
 
     # ── spaces ────────────────────────────────────────────────────────────────────────────────────
@@ -147,12 +46,22 @@ class Index:
     def spaces(self) -> list[Space]:
         return [branch.space for branch in self._branches.values()]
 
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Everyone who has a space."""
+        return list(self._tenants.values())
+
     def branch(self, space: Space) -> Branch:
         """The space's tree, made when it is new."""
         digest = ChunkKey(space.digest)
         branch = self._branches.get(digest)
         if branch is None:
-            branch = self._branches[digest] = Branch(space)
+            tenant = self._tenants.get(space.tenant)
+            if tenant is None:
+                policies = tuple(self._make_policy(tier) for tier in TierId)
+                tenant = self._tenants[space.tenant] = Tenant(space.tenant, policies)
+            tenant.branches += 1
+            branch = self._branches[digest] = Branch(space, tenant)
         return branch
 
     def known(self, digest: bytes) -> Branch | None:
@@ -162,7 +71,10 @@ class Index:
         """Drop a space that holds nothing; False when it holds something."""
         if branch.nodes:
             return False
-        self._branches.pop(branch.digest, None)
+        if self._branches.pop(branch.digest, None) is not None:
+            branch.tenant.branches -= 1
+            if not branch.tenant.branches:
+                del self._tenants[branch.tenant.name]
         return True
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
@@ -189,13 +101,24 @@ class Index:
             count += 1
         return count
 
-    def touch(self, run: Sequence[Node]) -> None:
-        """Note the use of a run of chunks, last one first: a parent is never older than its child,
-        so that an order by recency gives up leaves first."""
-        for node in reversed(run):
-            for tier, policy in self._policies.items():
-                if node.ready(tier):
-                    policy.touched(node)
+    def ask(
+        self, branch: Branch, run: Sequence[Node], beyond: Sequence[ChunkKey], now_s: float
+    ) -> None:
+        """Tell the policies of a request for a prefix: `run` are its leading chunks that are held,
+        from the root on, `beyond` the keys after them."""
+        branch.tenant.asked_s = now_s
+        for tier in self._tiers:
+            path = _leading(run, tier)
+            missing = [*(node.key for node in run[len(path) :]), *beyond]
+            branch.tenant.policies[tier].asked(path, missing, now_s)
+
+    def hint(self, run: Sequence[Node], label: int, now_s: float) -> None:
+        """Tell the policies what the engine says of held chunks that it has just used, from the
+        root on. VRAM's copies follow what is asked for there, and nothing else."""
+        for tier in self._tiers:
+            path = _leading(run, tier)
+            if path and tier is not TierId.GPU:
+                path[0].node.branch.tenant.policies[tier].hinted(path, label, now_s)
 
     def pin(self, replica: Replica) -> None:
         """Keep a replica's bytes where they are until the matching `unpin`."""
@@ -204,20 +127,27 @@ class Index:
     def unpin(self, replica: Replica) -> None:
         replica.pins -= 1
         if replica.pins == 0 and replica.state is State.DETACHED:
-            self._release(replica)
+            self._give_back(replica)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
-    def begin(
+    def arrival(
         self,
         branch: Branch,
-        key: ChunkKey,
-        parent: ChunkKey,
-        created_s: float,
         tier: TierId,
-        place: Slot | Record | None,
-    ) -> Replica:
-        """Enter a replica about to be written. The parent is in the tree, or is the root."""
+        parent: Node | None,
+        keys: Sequence[ChunkKey],
+        now_s: float,
+        label: int = 0,
+    ) -> list[Coming]:
+        """What the tier's policy takes chunks to be that are about to be begun below a parent."""
+        above = parent.ready(tier) if parent is not None else None
+        arrival = branch.tenant.policies[tier].arrival(above, keys, now_s, label)
+        return [Coming(arrival, place) for place in range(len(keys))]
+
+    def enter(self, branch: Branch, key: ChunkKey, parent: ChunkKey, created_s: float) -> Node:
+        """The place in the tree of a chunk about to be begun that no tier holds. The parent is in
+        the tree, or is the root."""
         node = branch.nodes.get(key)
         if node is None:
             node = Node(branch, key, branch.nodes.get(parent), created_s)
@@ -226,15 +156,16 @@ class Index:
             self._link(node)
         elif not any(node.replicas):
             node.created_s = created_s  # it was only the place of a lost parent
-        return self.begin_copy(node, tier, place)
+        return node
 
-    def begin_copy(self, node: Node, tier: TierId, place: Slot | Record | None) -> Replica:
-        """Enter a replica, about to be written, of a chunk that another tier holds."""
-        assert node.replicas[tier] is None, f"{tier.name} already has this chunk"
-        replica = Replica(node, tier, place)
-        node.replicas[tier] = replica
-        if node.parent is not None:
-            node.parent.children_in[tier] += 1
+    def begin(
+        self, node: Node, tier: TierId, place: Slot | Record | None, coming: Coming
+    ) -> Replica:
+        """Begin a replica: it is about to be written."""
+        assert node.replica(tier) is None, f"{tier.name} already has this chunk"
+        replica = Replica(node, tier, place, coming)
+        node.set_replica(tier, replica)
+        node.branch.tenant.used_bytes[tier] += node.branch.nbytes
         return replica
 
     def commit(self, replica: Replica) -> bool:
@@ -243,37 +174,58 @@ class Index:
         assert replica.state is State.WRITING, f"commit of a {replica.state.name} replica"
         if node.parent is not None and not node.parent.held:
             return False
+        coming, replica.mark = replica.mark, None
+        self._make_ready(replica)
+        node.branch.tenant.policies[replica.tier].added(replica, coming)
+        return True
+
+    def revive(self, node: Node, tier: TierId, place: Slot | Record) -> Replica:
+        """Enter a replica that a tier kept over a restart; its parent is held. It is readable, but
+        no policy knows it before `rank`."""
+        replica = self.begin(node, tier, place, Coming(None, 0))
+        replica.mark = None
+        self._make_ready(replica)
+        return replica
+
+    def rank(self, run: Sequence[Replica], now_s: float) -> None:
+        """Enter revived replicas, in prompt order of one prefix, in their policy's order: they
+        were used last at that time. What was used first comes first."""
+        tenant, tier = run[0].node.branch.tenant, run[0].tier
+        policy = tenant.policies[tier]
+        arrival = policy.arrival(None, [replica.key for replica in run], now_s)
+        for place, replica in enumerate(run):
+            policy.added(replica, Coming(arrival, place))
+
+    def _make_ready(self, replica: Replica) -> None:
         replica.state = State.READY
         self.chunks[replica.tier] += 1
-        node.ready_count += 1
-        self._policies[replica.tier].added(node)
-        return True
+        replica.node.ready_count += 1
 
     def abort(self, replica: Replica) -> None:
         """Take back a replica that was begun and not committed."""
         assert replica.state is State.WRITING, f"abort of a {replica.state.name} replica"
-        self._detach(replica)
+        self._detach(replica, evicted=False)
 
     # ── giving up ─────────────────────────────────────────────────────────────────────────────────
 
-    def victims(self, tier: TierId) -> Iterator[Replica]:
-        """Replicas that may be dropped now, in the policy's order; the caller may do so."""
-        for node in self._policies[tier].victims():
-            replica = node.ready(tier)
-            if replica is not None and self.is_evictable(replica):
+    def victims(self, tenant: Tenant, tier: TierId, now_s: float) -> Iterator[Replica]:
+        """A tenant's replicas that may be dropped now, in the policy's order; the caller may do
+        so."""
+        for replica in tenant.policies[tier].victims(now_s):
+            if replica.evictable:
                 yield replica
 
-    def is_evictable(self, replica: Replica) -> bool:
-        """Whether dropping it breaks no lease and leaves every held chunk's ancestors held."""
-        node = replica.node
-        if replica.state is not State.READY or replica.pins or node.children_in[replica.tier]:
-            return False
-        return node.ready_count > 1 or node.first_child is None
-
     def drop(self, replica: Replica) -> None:
-        """Remove an evictable replica."""
-        assert self.is_evictable(replica), "this replica is leased, or others depend on it"
-        self._detach(replica)
+        """Remove an evictable replica, for the room it takes."""
+        assert replica.evictable, "this replica is leased, or others depend on it"
+        self._detach(replica, evicted=True)
+
+    def withdraw(self, replica: Replica) -> None:
+        """Remove a READY replica of a chunk that another tier holds as well, because its tier is
+        lost. Pinned bytes stay until their last unpin."""
+        assert replica.state is State.READY
+        assert replica.node.ready_count > 1, "no other tier holds the chunk"
+        self._detach(replica, evicted=False)
 
     def drop_subtree(self, node: Node) -> list[Node]:
         """Remove every READY replica of a chunk and of all under it; returns the chunks concerned.
@@ -285,24 +237,32 @@ class Index:
         for member in reversed(node.subtree()):
             ready = [replica for tier in TierId if (replica := member.ready(tier))]
             for replica in ready:
-                self._detach(replica)
+                self._detach(replica, evicted=False)
             if ready:
                 dropped.append(member)
         return dropped
 
-    def _detach(self, replica: Replica) -> None:
-        node = replica.node
+    def _detach(self, replica: Replica, *, evicted: bool) -> None:
+        node, tier = replica.node, replica.tier
         if replica.state is State.READY:
-            self._policies[replica.tier].removed(node)
-            self.chunks[replica.tier] -= 1
+            node.branch.tenant.policies[tier].removed(replica, evicted=evicted)
+            self.chunks[tier] -= 1
             node.ready_count -= 1
         replica.state = State.DETACHED
-        node.replicas[replica.tier] = None
-        if node.parent is not None:
-            node.parent.children_in[replica.tier] -= 1
+        replica.mark = None
+        node.set_replica(tier, None)
+        if not node.ready_count:
+            self.on_gone(node)
         self._prune(node)
         if replica.pins == 0:
-            self._release(replica)
+            self._give_back(replica)
+        else:
+            self.on_detached(replica)
+
+    def _give_back(self, replica: Replica) -> None:
+        branch = replica.node.branch
+        branch.tenant.used_bytes[replica.tier] -= branch.nbytes
+        self._release(replica)
 
     def _prune(self, node: Node) -> None:
         current: Node | None = node
@@ -342,13 +302,29 @@ class Index:
                 _check_node(branch, key, node)
         for tier in TierId:
             ready = [
-                node
+                replica
                 for branch in self._branches.values()
                 for node in branch.nodes.values()
-                if node.ready(tier)
+                if (replica := node.ready(tier))
             ]
             assert len(ready) == self.chunks[tier]
-            assert set(ready) == set(self._policies[tier].victims())
+            offered = [v for tenant in self.tenants for v in self.victims(tenant, tier, 0.0)]
+            assert len(offered) == len(set(offered)), "a victim is offered twice"
+            assert {replica for replica in ready if replica.evictable} == {*offered}
+
+
+def _leading(run: Sequence[Node], tier: TierId) -> list[Replica]:
+    """A tier's replicas of the leading chunks that it has, as far as each continues the one before
+    it: what a client names need not."""
+    path: list[Replica] = []
+    last: Node | None = None
+    for node in run:
+        replica = node.ready(tier)
+        if replica is None or node.parent is not last:
+            break
+        path.append(replica)
+        last = node
+    return path
 
 
 def _check_node(branch: Branch, key: ChunkKey, node: Node) -> None:
@@ -358,8 +334,8 @@ def _check_node(branch: Branch, key: ChunkKey, node: Node) -> None:
     assert node.ready_count == sum(1 for tier in TierId if node.ready(tier))
     children = list(node.children())
     for tier in TierId:
-        assert node.children_in[tier] == sum(1 for child in children if child.replicas[tier])
-        replica = node.replicas[tier]
+        assert node.children_in(tier) == sum(1 for child in children if child.replica(tier))
+        replica = node.replica(tier)
         assert replica is None or (replica.pins >= 0 and replica.state is not State.DETACHED)
     for child in children:
         assert child.parent is node

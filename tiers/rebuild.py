@@ -5,7 +5,8 @@ from collections import defaultdict
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 from kvtier.tiers.base import Record
-from kvtier.tiers.index import Index, Node, TierId
+from kvtier.tiers.index import Index
+from kvtier.tiers.tree import Replica, TierId
 
 
 def rebuild(index: Index, spaces: dict[bytes, Space], records: list[Record]) -> list[Record]:
@@ -16,7 +17,7 @@ def rebuild(index: Index, spaces: dict[bytes, Space], records: list[Record]) -> 
     the youngest chunk under each one, leaves before their parents.
     """
     unreachable: list[Record] = []
-    nodes: list[Node] = []
+    replicas: list[Replica] = []
     by_space: dict[bytes, list[Record]] = defaultdict(list)
     for record in records:
         by_space[record.space].append(record)
@@ -25,44 +26,47 @@ def rebuild(index: Index, spaces: dict[bytes, Space], records: list[Record]) -> 
         if space is None or space.digest != digest:
             unreachable.extend(members)
             continue
-        nodes.extend(_enter(index, space, members, unreachable))
-    _restore_order(index, nodes)
+        replicas.extend(_enter(index, space, members, unreachable))
+    for run in _coldest_first(replicas):
+        index.rank(run, run[-1].node.created_s)
     return unreachable
 
 
 def _enter(
     index: Index, space: Space, records: list[Record], unreachable: list[Record]
-) -> list[Node]:
+) -> list[Replica]:
+    """Returns replicas, parents before their children."""
     branch = index.branch(space)
     children: dict[ChunkKey, list[Record]] = defaultdict(list)
     for record in records:
         children[record.parent].append(record)
-    nodes: list[Node] = []
+    replicas: list[Replica] = []
     frontier = children.pop(ChunkKey(branch.digest), [])
     for record in frontier:  # grows while it is walked
-        held = branch.nodes.get(record.key)
-        if held is not None:
+        if record.key in branch.nodes:
             unreachable.append(record)
             continue
-        replica = index.begin(
-            branch, record.key, record.parent, record.created_s, TierId.DISK, record
-        )
-        index.commit(replica)
-        nodes.append(replica.node)
+        node = index.enter(branch, record.key, record.parent, record.created_s)
+        replicas.append(index.revive(node, TierId.DISK, record))
         frontier.extend(children.pop(record.key, []))
     for orphans in children.values():
         unreachable.extend(orphans)
-    return nodes
+    return replicas
 
 
-def _restore_order(index: Index, nodes: list[Node]) -> None:
-    youngest: dict[Node, float] = {}
-    depth: dict[Node, int] = {}
-    for node in nodes:
-        depth[node] = 0 if node.parent is None else depth[node.parent] + 1
-        youngest[node] = node.created_s
-    for node in reversed(nodes):
-        if node.parent is not None:
-            youngest[node.parent] = max(youngest[node.parent], youngest[node])
-    coldest_first = sorted(nodes, key=lambda node: (youngest[node], -depth[node]))
-    index.touch(coldest_first[::-1])
+def _coldest_first(replicas: list[Replica]) -> list[list[Replica]]:
+    """Cut the trees in runs of one path each: a chunk is in the run of the youngest leaf under it,
+    and the runs are in the order of those leaves."""
+    taken: set[Replica] = set()
+    leaves = [replica for replica in replicas if replica.node.first_child is None]
+    leaves.sort(key=lambda replica: replica.node.created_s, reverse=True)
+    runs = []
+    for leaf in leaves:
+        run: list[Replica] = []
+        above: Replica | None = leaf
+        while above is not None and above not in taken:
+            run.append(above)
+            above = above.above
+        taken.update(run)
+        runs.append(run[::-1])
+    return runs[::-1]

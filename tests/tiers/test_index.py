@@ -9,8 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Layout, Space
-from kvtier.tiers.index import Branch, Index, Node, Replica, State, TierId
+from kvtier.tiers.index import Index
 from kvtier.tiers.policies.lru import Lru
+from kvtier.tiers.tree import Branch, Node, Replica, State, TierId
 
 SPACE = Space("m", Layout("int8", 1, 1, 1, tokens=1, planes=1))
 CPU, DISK = TierId.CPU, TierId.DISK
@@ -23,8 +24,7 @@ class Tree:
     released: list[Replica] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        policies = {tier: Lru[Node]() for tier in TierId}
-        self.index = Index(policies, self.released.append)
+        self.index = Index(lambda tier: Lru[Replica](), self.released.append)
         self.branch: Branch = self.index.branch(SPACE)
 
     def key(self, name: str) -> ChunkKey:
@@ -32,12 +32,20 @@ class Tree:
 
     def begin(self, name: str, parent: str | None = None, tier: TierId = CPU) -> Replica:
         above = self.branch.digest if parent is None else self.key(parent)
-        return self.index.begin(self.branch, self.key(name), above, 1.0, tier, None)
+        node = self.index.enter(self.branch, self.key(name), above, 1.0)
+        return self.copy(node, tier)
+
+    def copy(self, node: Node, tier: TierId) -> Replica:
+        [coming] = self.index.arrival(self.branch, tier, node.parent, [node.key], 1.0)
+        return self.index.begin(node, tier, None, coming)
 
     def add(self, name: str, parent: str | None = None, tier: TierId = CPU) -> Replica:
         replica = self.begin(name, parent, tier)
         assert self.index.commit(replica)
         return replica
+
+    def victims(self, tier: TierId = CPU) -> list[Replica]:
+        return list(self.index.victims(self.branch.tenant, tier, 1.0))
 
     def run(self, *names: str) -> list[bytes]:
         keys = [self.key(name) for name in names]
@@ -75,9 +83,9 @@ def test_inner_chunks_and_pinned_ones_are_no_victims() -> None:
     tree = Tree()
     tree.add("a")
     leaf = tree.add("b", "a")
-    assert list(tree.index.victims(CPU)) == [leaf]
+    assert tree.victims() == [leaf]
     tree.index.pin(leaf)
-    assert list(tree.index.victims(CPU)) == []
+    assert tree.victims() == []
     with pytest.raises(AssertionError):
         tree.index.drop(leaf)
 
@@ -85,16 +93,16 @@ def test_inner_chunks_and_pinned_ones_are_no_victims() -> None:
 def test_a_chunk_on_disk_may_leave_ram_though_others_hang_on_it() -> None:
     tree = Tree()
     parent = tree.add("a")
-    on_disk = tree.index.begin_copy(parent.node, DISK, None)
+    on_disk = tree.copy(parent.node, DISK)
     tree.index.commit(on_disk)
     child = tree.add("b", "a", DISK)
-    assert tree.index.is_evictable(parent)
-    assert not tree.index.is_evictable(on_disk)
+    assert parent.evictable
+    assert not on_disk.evictable
     tree.index.drop(parent)
     assert tree.run("a", "b") == [b"a", b"b"]
-    assert not tree.index.is_evictable(on_disk), "its child still hangs on it"
+    assert not on_disk.evictable, "its child still hangs on it"
     tree.index.drop(child)
-    assert tree.index.is_evictable(on_disk)
+    assert on_disk.evictable
 
 
 def test_what_is_pinned_is_released_by_the_last_unpin_only() -> None:
@@ -123,15 +131,60 @@ def test_a_detached_chunk_can_be_written_anew_beside_its_old_bytes() -> None:
     tree.index.check()
 
 
-def test_touch_keeps_leaves_before_their_parents() -> None:
+def test_what_was_asked_for_goes_last_and_leaves_before_their_parents() -> None:
     tree = Tree()
     tree.add("a")
     tree.add("b", "a")
     leaf = tree.add("c", "b")
     tree.add("x")
-    tree.index.touch(leaf.node.path())
-    order = [node.key.rstrip(b".") for node in tree.index._policies[CPU].victims()]
+    tree.index.ask(tree.branch, leaf.node.path(), [], 2.0)
+    order = []
+    while victims := tree.victims():
+        order.append(victims[0].key.rstrip(b"."))
+        tree.index.drop(victims[0])
     assert order == [b"x", b"c", b"b", b"a"]
+
+
+def test_policies_hear_of_what_their_tier_lacks() -> None:
+    tree = Tree()
+    asked: list[tuple[int, list[bytes]]] = []
+    for policy in tree.branch.tenant.policies:
+        assert isinstance(policy, Lru)
+        policy.asked = lambda path, beyond, now_s: asked.append((len(path), list(beyond)))  # type: ignore[method-assign]
+    first, second = tree.add("a"), tree.add("b", "a", DISK)
+    tree.copy(first.node, DISK)  # still being written
+    tree.index.ask(tree.branch, [first.node, second.node], [tree.key("c")], 2.0)
+    a, b, c = (tree.key(name) for name in "abc")
+    assert asked == [(0, [a, b, c]), (1, [b, c]), (0, [a, b, c])]
+
+
+def test_policies_are_spared_what_is_no_path() -> None:
+    tree = Tree()
+    lengths: list[int] = []
+    policy = tree.branch.tenant.policies[CPU]
+    policy.asked = lambda path, beyond, now_s: lengths.append(len(path))  # type: ignore[method-assign]
+    first, second, other = tree.add("a"), tree.add("b", "a"), tree.add("x")
+    for run in ([first, first], [first, other], [second, first], [first, second, second]):
+        tree.index.ask(tree.branch, [replica.node for replica in run], [], 2.0)
+    assert lengths == [1, 1, 0, 2]
+
+
+def test_a_tenant_owns_what_its_spaces_hold() -> None:
+    tree = Tree()
+    other = tree.index.branch(Space("n", SPACE.layout, tenant="other"))
+    twin = tree.index.branch(Space("n", SPACE.layout))
+    assert twin.tenant is tree.branch.tenant is not other.tenant
+    leaf = tree.add("a")
+    assert tree.branch.tenant.used_bytes[CPU] == 1
+    tree.index.pin(leaf)
+    tree.index.drop_subtree(leaf.node)
+    assert tree.branch.tenant.used_bytes[CPU] == 1, "its bytes are still there"
+    tree.index.unpin(leaf)
+    assert tree.branch.tenant.used_bytes[CPU] == 0
+    assert tree.index.forget_if_empty(tree.branch)
+    assert tree.index.tenants == [twin.tenant, other.tenant]
+    assert tree.index.forget_if_empty(twin)
+    assert tree.index.tenants == [other.tenant]
 
 
 def test_an_old_chunk_ends_the_run() -> None:
@@ -165,7 +218,7 @@ class IndexMachine(RuleBasedStateMachine):
         node = self.node(number)
         if number and (parent is None or not any(parent.replicas)):
             return
-        if node is not None and node.replicas[tier] is not None:
+        if node is not None and node.replica(tier) is not None:
             return
         above = str((number - 1) // 2) if number else None
         replica = self.tree.begin(str(number), above, tier)
@@ -206,7 +259,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(tier=st.sampled_from(TierId))
     def evict_one(self, tier: TierId) -> None:
-        victim = next(self.index.victims(tier), None)
+        victim = next(self.index.victims(self.tree.branch.tenant, tier, 1.0), None)
         if victim is not None:
             assert victim not in self.pinned
             self.index.drop(victim)
@@ -217,10 +270,12 @@ class IndexMachine(RuleBasedStateMachine):
         if node is not None:
             self.index.drop_subtree(node)
 
-    @rule(numbers=st.lists(NAMES, max_size=4))
-    def touch(self, numbers: list[int]) -> None:
-        nodes = [node for number in numbers if (node := self.node(number)) is not None]
-        self.index.touch(nodes)
+    @rule(number=NAMES)
+    def ask(self, number: int) -> None:
+        node = self.node(number)
+        path = node.path() if node is not None else []
+        held = [each for each in path if each.held]
+        self.index.ask(self.tree.branch, held, [], 2.0)
 
     @invariant()
     def the_tree_is_sound(self) -> None:

@@ -6,9 +6,10 @@ from itertools import pairwise
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.base import Record
-from kvtier.tiers.index import Index, Node, TierId
+from kvtier.tiers.index import Index
 from kvtier.tiers.policies.lru import Lru
 from kvtier.tiers.rebuild import rebuild
+from kvtier.tiers.tree import Replica, TierId
 
 SPACE = Space("m", Layout("int8", 1, 1, 1, tokens=1, planes=1))
 SPACES = {SPACE.digest: SPACE}
@@ -24,7 +25,7 @@ def record(number: int, parent: int | None, created_s: float = 1.0, space: bytes
 
 
 def new_index() -> Index:
-    return Index({tier: Lru[Node]() for tier in TierId}, lambda replica: None)
+    return Index(lambda tier: Lru[Replica](), lambda replica: None)
 
 
 def test_any_order_of_records_gives_the_whole_tree() -> None:
@@ -59,7 +60,8 @@ def test_eviction_starts_with_the_leaf_of_the_coldest_prefix() -> None:
     index = new_index()
     rebuild(index, SPACES, warm + cold)
     order = []
-    while (victim := next(index.victims(TierId.DISK), None)) is not None:
+    [tenant] = index.tenants
+    while (victim := next(index.victims(tenant, TierId.DISK, 9.0), None)) is not None:
         order.append(int.from_bytes(victim.node.key, "big"))
         index.drop(victim)
     assert order == [3, 2, 1, 11, 10]
