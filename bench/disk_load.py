@@ -66,6 +66,7 @@ class LoadTrial:
             "disk.directory": str(self._store),
             "disk.capacity": str(round(1.5 * batch * nbytes) + 256 * MIB),
             "disk.compression": compression,
+            "disk.write": "write_through",
         }
 
     def run(self, rounds: int, progress: Progress) -> Loads:

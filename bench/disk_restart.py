@@ -59,6 +59,7 @@ def _settings(store: Path, chunks: int) -> dict[str, str]:
     return {
         "cpu.capacity": str(16 * MIB),
         "disk.directory": str(store),
+        "disk.write": "write_through",
         "disk.capacity": str(64 * MIB + chunks * _DISK_BYTES_PER_CHUNK),
     }
 

@@ -89,7 +89,7 @@ def _latency(
     """
     hashing, lookups, empty = [], [], []
     chunks = len(client.prefix(tokens))
-    with _empty_call(target) as call:
+    with empty_call(target) as call:
         for _ in range(_WARM_UP + calls):
             time.sleep(pause_s)
             start = time.perf_counter()
@@ -118,7 +118,7 @@ def _latency(
 
 
 @contextmanager
-def _empty_call(target: str) -> Iterator[Any]:
+def empty_call(target: str) -> Iterator[Any]:
     """The empty RPC: the service's own health check, over a channel like the client's."""
     with grpc.insecure_channel(grpc_target(target)) as channel:
         check: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(

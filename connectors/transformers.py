@@ -12,6 +12,9 @@ shape (`DynamicLayer`), one prompt at a time, without padding. Anything else is 
 space is made, by the name of what stands in the way: sliding windows, recurrent or shared layers,
 static and quantised caches, rotary embeddings that change with the length of the prompt.
 
+For such a decoder the KV of a token depends on nothing after it. So where a prompt leaves a stored
+chunk half-way, the part before is reused too.
+
 Whatever goes wrong with the service, `prefill` computes what it did not get.
 """
 
@@ -24,6 +27,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -63,6 +67,13 @@ class ChunkBytes(Protocol):
     def data(self) -> memoryview: ...
 
 
+class LoadedChunk(ChunkBytes, Protocol):
+    """One chunk of a load, of which the first `tokens` tokens are the prompt's."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
 class Offload(Protocol):
     """The slots that the service wants written; `outcome` says what became of them."""
 
@@ -76,8 +87,12 @@ class Client(Protocol):
 
     @property
     def space(self) -> Space: ...
-    def prefix(self, token_ids: Sequence[int], extra: bytes = b"") -> Prefix: ...
-    def load(self, prefix: Prefix) -> AbstractContextManager[Iterable[ChunkBytes]]: ...
+    def prefix(
+        self, token_ids: Sequence[int], extra: bytes = b"", *, same_request: Prefix | None = None
+    ) -> Prefix: ...
+    def load(
+        self, prefix: Prefix, *, partial: bool
+    ) -> AbstractContextManager[Iterable[LoadedChunk]]: ...
     def offload(self, prefix: Prefix) -> AbstractContextManager[Offload]: ...
 
 
@@ -162,6 +177,8 @@ class PrefixCache:
         self._courier = Courier(self._shape, self._layout)
         self._last_logits_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._spare = Room(self._shape, reserve_tokens, touch=True) if reserve_tokens else None
+        # What a cache was restored for is the same request as what is offloaded from it.
+        self._requests: WeakKeyDictionary[DynamicCache, Prefix] = WeakKeyDictionary()
 
     def prefill(
         self, input_ids: torch.Tensor, *, extra: bytes = b"", max_new_tokens: int = 256
@@ -196,17 +213,17 @@ class PrefixCache:
         """Load the longest prefix that kvtier holds, short of the last token; compute nothing."""
         tokens = _token_list(input_ids)
         started = time.perf_counter()
-        usable = (len(tokens) - 1) // self._layout.tokens
-        prefix = self._client.prefix(tokens, extra)[:usable]
+        prefix = self._client.prefix(tokens[:-1], extra)
         hashed = time.perf_counter()
         room = self._take_room(len(tokens) + max_new_tokens)
-        chunks = self._load(prefix, room)
-        reused = chunks * self._layout.tokens
+        reused = self._load(prefix, room)
+        cache = room.cache(self._model, reused)
+        self._requests[cache] = prefix[:0]
         return Restored(
-            cache=room.cache(self._model, reused),
+            cache=cache,
             tokens=len(tokens),
             reused_tokens=reused,
-            loaded_bytes=chunks * self._layout.nbytes,
+            loaded_bytes=reused * self._layout.nbytes // self._layout.tokens,
             timings={"hash": hashed - started, "load": time.perf_counter() - hashed},
         )
 
@@ -221,9 +238,10 @@ class PrefixCache:
         """
         check_cache(cache, self._shape)
         tokens = _token_list(input_ids)[: cache.get_seq_length()]
+        prefix = self._client.prefix(tokens, extra, same_request=self._requests.get(cache))
         copied = 0
         try:
-            with self._client.offload(self._client.prefix(tokens, extra)) as offload:
+            with self._client.offload(prefix) as offload:
                 for slot in offload:
                     self._courier.gather(cache, slot.index, slot.data)
                     copied += 1
@@ -246,18 +264,19 @@ class PrefixCache:
         return Room(self._shape, tokens)
 
     def _load(self, prefix: Prefix, room: Room) -> int:
-        """Fill `room` from its start; how many chunks it holds then. Any trouble: fewer chunks."""
-        chunks = 0
+        """Fill `room` from its start; how many tokens it holds then. Any trouble: fewer tokens."""
+        reused = 0
         try:
-            with self._client.load(prefix) as loaded:
+            with self._client.load(prefix, partial=True) as loaded:
                 for chunk in loaded:
-                    if chunk.index != chunks or chunk.data.nbytes != self._layout.nbytes:
+                    first = chunk.index * self._layout.tokens
+                    if first != reused or chunk.data.nbytes != self._layout.nbytes:
                         break
-                    self._courier.scatter(chunk.data, room, chunks)
-                    chunks += 1
+                    self._courier.scatter(chunk.data, room, chunk.index, chunk.tokens)
+                    reused += chunk.tokens
         except KvtierError:
-            return chunks
-        return chunks
+            return reused
+        return reused
 
 
 def _rope_of(config: Any) -> str:

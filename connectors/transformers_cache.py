@@ -176,14 +176,15 @@ class Courier:
                 torch.empty(layout.shape, dtype=shape.dtype, device=shape.device),
             )
 
-    def scatter(self, data: memoryview, room: Room, chunk: int) -> None:
-        """Copy a chunk's bytes to its place in the room."""
-        source = self._array(data)
-        target = room.data[:, :, :, self._span(chunk)]
+    def scatter(self, data: memoryview, room: Room, chunk: int, tokens: int) -> None:
+        """Copy the KV of a chunk's first `tokens` tokens to its place in the room."""
+        source = self._array(data)[:, :, :, :tokens]
+        first = chunk * self._tokens
+        target = room.data[:, :, :, first : first + tokens]
         if self._staging is None:
             np.copyto(self._view(target), source)
             return
-        pinned, remote = self._staging
+        pinned, remote = (part[:, :, :, :tokens] for part in self._staging)
         np.copyto(self._view(pinned), source)
         remote.copy_(pinned)
         target.copy_(remote)

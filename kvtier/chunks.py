@@ -11,11 +11,12 @@ chunk's KV besides the tokens (a LoRA adapter, the hash of an image). Every part
 or is preceded by its length, so no two inputs share an encoding.
 """
 
+import secrets
 import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256 as _sha256
 from typing import NewType, cast, overload
 
@@ -30,16 +31,29 @@ _U32 = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """What the keys of a run are made of, the beginning of the next chunk included."""
+
+    tokens: bytes  # packed u32, from the first token of the run's first chunk on
+    extras: tuple[bytes, ...]  # one for each chunk that they begin
+
+
+@dataclass(frozen=True, slots=True)
 class Prefix:
     """A run of consecutive full chunks of one prompt, ready to look up, load or offload.
 
     Slicing gives a shorter run that still knows its parent: `prefix[8:]` is the prefix from its
-    ninth chunk on, for an engine that already holds the first eight.
+    ninth chunk on, for an engine that already holds the first eight. `request` tells requests of
+    an engine apart, 0: nobody said which this is; all that is done with one prefix and its slices
+    counts as one use of it. `text` is there where the tokens are known. It reaches beyond the last
+    chunk where they do; a slice that ends before the last chunk ends with its own.
     """
 
     keys: tuple[ChunkKey, ...]
     parent: ChunkKey  # the key before the first one; the space digest at the start of a prompt
     chunk_tokens: int
+    text: Text | None = field(default=None, repr=False, compare=False)
+    request: int = field(default=0, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,7 +72,15 @@ class Prefix:
         if step != 1:
             raise InvalidRequest(f"a prefix is contiguous: slice step {step} is not 1")
         parent = self.keys[start - 1] if start > 0 else self.parent
-        return Prefix(self.keys[start:stop], parent, self.chunk_tokens)
+        text = self._cut_text(start, stop) if self.text is not None else None
+        return Prefix(self.keys[start:stop], parent, self.chunk_tokens, text, self.request)
+
+    def _cut_text(self, start: int, stop: int) -> Text:
+        assert self.text is not None
+        width = 4 * self.chunk_tokens
+        end = stop if stop < len(self.keys) else None
+        tokens = self.text.tokens[start * width : end and end * width]
+        return Text(tokens, self.text.extras[start:end])
 
     @property
     def tokens(self) -> int:
@@ -112,6 +134,22 @@ def chain(
         parent = _sha256(b"".join((_DOMAIN, parent, token_count, chunk, tails[index]))).digest()
         keys.append(parent)
     return Prefix(cast("tuple[ChunkKey, ...]", tuple(keys)), ChunkKey(root), chunk_tokens)
+
+
+def with_text(prefix: Prefix, packed_tokens: bytes, extra: bytes | Sequence[bytes] = b"") -> Prefix:
+    """A prefix that knows what `chain` made it of. Tokens after the last full chunk are known too,
+    unless `extra` is given one per chunk and there is none for them."""
+    width = 4 * prefix.chunk_tokens
+    begun = -(-len(packed_tokens) // width)
+    extras = (extra,) * begun if isinstance(extra, bytes) else tuple(extra[:begun])
+    text = Text(packed_tokens[: len(extras) * width], extras)
+    return replace(prefix, text=text)
+
+
+def new_request() -> int:
+    """A number for one request of an engine, other than that of any process' requests: 64 random
+    bits, never 0."""
+    return secrets.randbits(64) or 1
 
 
 def _tails(extra: bytes | Sequence[bytes], count: int) -> Sequence[bytes]:

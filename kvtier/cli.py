@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from kvtier.client import ServiceStats, fetch_stats
-from kvtier.config import Config, default_listen, format_bytes, load
+from kvtier.client import ServiceStats, fetch_curves, fetch_stats
+from kvtier.config import Config, format_bytes, load
 from kvtier.errors import KvtierError
+from kvtier.sections import default_listen
+from kvtier.sizing import plot, readable
 from kvtier.version import __version__
 
 _PROGRESS_EVERY_S = 0.1
@@ -54,6 +56,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     stats = commands.add_parser("stats", help="what a running sidecar holds and has done")
     stats.add_argument("--target", default=default_listen(os.environ), metavar="ADDRESS")
     stats.add_argument("--json", action="store_true")
+    stats.add_argument("--curve", action="store_true", help="what other capacities would hit")
+    stats.add_argument(
+        "--plot", type=Path, metavar="FILE", help="with --curve: draw it (.png, .svg or .pdf)"
+    )
     stats.set_defaults(run=_stats)
 
     demo = commands.add_parser("demo", help="a real small model gets its prefix back")
@@ -80,9 +86,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_benches(scenarios: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from kvtier.bench import disk, lookup, transfer  # noqa: PLC0415
+    from kvtier.bench import disk, gpu, index, lookup, trace, transfer, ttft  # noqa: PLC0415
 
-    for scenario in (transfer, lookup, disk):
+    for scenario in (transfer, lookup, disk, gpu, ttft, trace, index):
         name = scenario.__name__.rpartition(".")[2]
         parser = scenarios.add_parser(name, help=(scenario.__doc__ or "").splitlines()[0])
         scenario.add_arguments(parser)
@@ -133,11 +139,24 @@ def _announce(config: Config) -> None:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    if options.curve or options.plot is not None:
+        return _curves(options)
     stats = fetch_stats(options.target)
     if options.json:
         sys.stdout.write(json.dumps(asdict(stats), indent=2) + "\n")
     else:
         sys.stdout.write(_readable(stats))
+    return 0
+
+
+def _curves(options: argparse.Namespace) -> int:
+    curves = fetch_curves(options.target)
+    if options.plot is not None:
+        plot(curves, options.plot)
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(curve) for curve in curves], indent=2) + "\n")
+    else:
+        sys.stdout.write(readable(curves))
     return 0
 
 

@@ -72,6 +72,29 @@ DATA_PATH_CUDA_IPC: DataPath.ValueType  # 3
 """As shm, and loads of chunks that are in VRAM are answered there; same host, same device."""
 global___DataPath = DataPath
 
+class _StopReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _StopReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_StopReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    STOP_REASON_UNSPECIFIED: _StopReason.ValueType  # 0
+    """not told, or not stopped yet"""
+    STOP_REASON_END_OF_TURN: _StopReason.ValueType  # 1
+    STOP_REASON_TOOL_USE: _StopReason.ValueType  # 2
+    STOP_REASON_LENGTH: _StopReason.ValueType  # 3
+    STOP_REASON_ABORTED: _StopReason.ValueType  # 4
+
+class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper): ...
+
+STOP_REASON_UNSPECIFIED: StopReason.ValueType  # 0
+"""not told, or not stopped yet"""
+STOP_REASON_END_OF_TURN: StopReason.ValueType  # 1
+STOP_REASON_TOOL_USE: StopReason.ValueType  # 2
+STOP_REASON_LENGTH: StopReason.ValueType  # 3
+STOP_REASON_ABORTED: StopReason.ValueType  # 4
+global___StopReason = StopReason
+
 class _EndReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -133,6 +156,10 @@ class _ReserveStatusEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """the chunk before it is neither held nor being written"""
     RESERVE_STATUS_LEASE_LIMIT: _ReserveStatus.ValueType  # 6
     """max_write_lease_bytes is reached"""
+    RESERVE_STATUS_NOT_WORTH: _ReserveStatus.ValueType  # 7
+    """everything it would have to replace is likelier to be asked for"""
+    RESERVE_STATUS_QUOTA: _ReserveStatus.ValueType  # 8
+    """its tenant holds all it may"""
 
 class ReserveStatus(_ReserveStatus, metaclass=_ReserveStatusEnumTypeWrapper): ...
 
@@ -149,6 +176,10 @@ RESERVE_STATUS_PARENT_MISSING: ReserveStatus.ValueType  # 5
 """the chunk before it is neither held nor being written"""
 RESERVE_STATUS_LEASE_LIMIT: ReserveStatus.ValueType  # 6
 """max_write_lease_bytes is reached"""
+RESERVE_STATUS_NOT_WORTH: ReserveStatus.ValueType  # 7
+"""everything it would have to replace is likelier to be asked for"""
+RESERVE_STATUS_QUOTA: ReserveStatus.ValueType  # 8
+"""its tenant holds all it may"""
 global___ReserveStatus = ReserveStatus
 
 class _CommitStatus:
@@ -178,6 +209,40 @@ COMMIT_STATUS_CORRUPT: CommitStatus.ValueType  # 4
 """Put: the checksum is wrong"""
 global___CommitStatus = CommitStatus
 
+class _PinStop:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PinStopEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PinStop.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PIN_STOP_UNSPECIFIED: _PinStop.ValueType  # 0
+    PIN_STOP_COMPLETE: _PinStop.ValueType  # 1
+    """every key asked for"""
+    PIN_STOP_MISS: _PinStop.ValueType  # 2
+    """the next key is not held"""
+    PIN_STOP_TENANT_BYTES: _PinStop.ValueType  # 3
+    """the tenant's pins would take more than tenants.pin_percent of a tier"""
+    PIN_STOP_TENANT_PINS: _PinStop.ValueType  # 4
+    """the tenant has 1024 pins, or pins of 262144 chunks"""
+    PIN_STOP_ALL_BYTES: _PinStop.ValueType  # 5
+    """the pins of all tenants together leave too little of a tier"""
+
+class PinStop(_PinStop, metaclass=_PinStopEnumTypeWrapper):
+    """Why a Pin kept no more."""
+
+PIN_STOP_UNSPECIFIED: PinStop.ValueType  # 0
+PIN_STOP_COMPLETE: PinStop.ValueType  # 1
+"""every key asked for"""
+PIN_STOP_MISS: PinStop.ValueType  # 2
+"""the next key is not held"""
+PIN_STOP_TENANT_BYTES: PinStop.ValueType  # 3
+"""the tenant's pins would take more than tenants.pin_percent of a tier"""
+PIN_STOP_TENANT_PINS: PinStop.ValueType  # 4
+"""the tenant has 1024 pins, or pins of 262144 chunks"""
+PIN_STOP_ALL_BYTES: PinStop.ValueType  # 5
+"""the pins of all tenants together leave too little of a tier"""
+global___PinStop = PinStop
+
 class _KeyState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -195,6 +260,12 @@ class _KeyStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     KEY_STATE_OTHER_SPACE: _KeyState.ValueType  # 8
     """`fields` says what differs"""
     KEY_STATE_VRAM: _KeyState.ValueType  # 9
+    KEY_STATE_REFUSED: _KeyState.ValueType  # 10
+    """it was offered and got no room; `detail` says by which rule"""
+    KEY_STATE_QUOTA: _KeyState.ValueType  # 11
+    """it was offered, and its tenant held all it may"""
+    KEY_STATE_LOST_IN_CRASH: _KeyState.ValueType  # 12
+    """committed, and not on disk yet when the service died"""
 
 class KeyState(_KeyState, metaclass=_KeyStateEnumTypeWrapper): ...
 
@@ -209,12 +280,18 @@ KEY_STATE_EXPIRED: KeyState.ValueType  # 7
 KEY_STATE_OTHER_SPACE: KeyState.ValueType  # 8
 """`fields` says what differs"""
 KEY_STATE_VRAM: KeyState.ValueType  # 9
+KEY_STATE_REFUSED: KeyState.ValueType  # 10
+"""it was offered and got no room; `detail` says by which rule"""
+KEY_STATE_QUOTA: KeyState.ValueType  # 11
+"""it was offered, and its tenant held all it may"""
+KEY_STATE_LOST_IN_CRASH: KeyState.ValueType  # 12
+"""committed, and not on disk yet when the service died"""
 global___KeyState = KeyState
 
 @typing.final
 class Layout(google.protobuf.message.Message):
-    """What the bytes of a chunk are: a contiguous array. chunk_bytes is the product of all extents and the
-    item size, at most 1 GiB.
+    """What the bytes of a chunk are: a contiguous array, or what it is encoded to. chunk_bytes, at most
+    1 GiB, is the product of all extents and the item size where the encoding is "exact".
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -228,6 +305,7 @@ class Layout(google.protobuf.message.Message):
     AXES_FIELD_NUMBER: builtins.int
     RANK_FIELD_NUMBER: builtins.int
     RANKS_FIELD_NUMBER: builtins.int
+    ENCODING_FIELD_NUMBER: builtins.int
     dtype: builtins.str
     """float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int8 uint8"""
     layers: builtins.int
@@ -244,6 +322,12 @@ class Layout(google.protobuf.message.Message):
     """parallel rank, 0-based"""
     ranks: builtins.int
     """at least 1"""
+    encoding: builtins.str
+    """"" or "exact": the array itself. "kivi-int8", "kivi-int4-g32": quantised; docs/formats.md has the
+    bytes. That takes float32, float16 or bfloat16, 2 planes and axes "layer,plane,head,token,dim".
+    A service older than this field opens the exact space instead: compare SessionOpened.chunk_bytes
+    with what the encoding takes.
+    """
     def __init__(
         self,
         *,
@@ -256,8 +340,9 @@ class Layout(google.protobuf.message.Message):
         axes: builtins.str = ...,
         rank: builtins.int = ...,
         ranks: builtins.int = ...,
+        encoding: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["axes", b"axes", "dtype", b"dtype", "head_dim", b"head_dim", "heads", b"heads", "layers", b"layers", "planes", b"planes", "rank", b"rank", "ranks", b"ranks", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["axes", b"axes", "dtype", b"dtype", "encoding", b"encoding", "head_dim", b"head_dim", "heads", b"heads", "layers", b"layers", "planes", b"planes", "rank", b"rank", "ranks", b"ranks", "tokens", b"tokens"]) -> None: ...
 
 global___Layout = Layout
 
@@ -364,6 +449,7 @@ class SessionOpened(google.protobuf.message.Message):
     MAX_WRITE_LEASE_BYTES_FIELD_NUMBER: builtins.int
     SERVER_VERSION_FIELD_NUMBER: builtins.int
     VRAM_FIELD_NUMBER: builtins.int
+    MAX_TOKEN_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """16 bytes; sent with every request"""
     space_digest: builtins.bytes
@@ -375,6 +461,8 @@ class SessionOpened(google.protobuf.message.Message):
     max_write_lease_bytes: builtins.int
     """that this session may hold reserved at once"""
     server_version: builtins.str
+    max_token_bytes: builtins.int
+    """of `Tokens` in one request, ids and extras; 0: it keeps none"""
     @property
     def arena(self) -> global___ShmArena:
         """paths shm and cuda_ipc"""
@@ -395,9 +483,10 @@ class SessionOpened(google.protobuf.message.Message):
         max_write_lease_bytes: builtins.int = ...,
         server_version: builtins.str = ...,
         vram: global___VramArena | None = ...,
+        max_token_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["arena", b"arena", "vram", b"vram"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arena", b"arena", "chunk_bytes", b"chunk_bytes", "max_keys", b"max_keys", "max_write_lease_bytes", b"max_write_lease_bytes", "path", b"path", "server_version", b"server_version", "session_id", b"session_id", "space_digest", b"space_digest", "vram", b"vram"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arena", b"arena", "chunk_bytes", b"chunk_bytes", "max_keys", b"max_keys", "max_token_bytes", b"max_token_bytes", "max_write_lease_bytes", b"max_write_lease_bytes", "path", b"path", "server_version", b"server_version", "session_id", b"session_id", "space_digest", b"space_digest", "vram", b"vram"]) -> None: ...
 
 global___SessionOpened = SessionOpened
 
@@ -468,20 +557,62 @@ class SessionClosing(google.protobuf.message.Message):
 global___SessionClosing = SessionClosing
 
 @typing.final
+class Hints(google.protobuf.message.Message):
+    """What an engine knows of a request, and of when its prefix is wanted again. Hints teach the eviction
+    policy and command nothing; a value out of range is clamped. docs/protocol.md says how they count.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    EXPECTED_NEXT_USE_S_FIELD_NUMBER: builtins.int
+    SESSION_END_FIELD_NUMBER: builtins.int
+    STOP_REASON_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """Calls that belong to one request of the engine carry the same number, drawn at random: together
+    they are one use of the prefix. 0: not told.
+    """
+    expected_next_use_s: builtins.float
+    """in so many seconds, at most a day; 0: not told"""
+    session_end: builtins.bool
+    """the conversation is over"""
+    stop_reason: global___StopReason.ValueType
+    priority: builtins.int
+    """-2 to 2; what has to stay is better pinned"""
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        expected_next_use_s: builtins.float = ...,
+        session_end: builtins.bool = ...,
+        stop_reason: global___StopReason.ValueType = ...,
+        priority: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expected_next_use_s", b"expected_next_use_s", "priority", b"priority", "request", b"request", "session_end", b"session_end", "stop_reason", b"stop_reason"]) -> None: ...
+
+global___Hints = Hints
+
+@typing.final
 class LookupRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
+    HINTS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     keys: builtins.bytes
+    @property
+    def hints(self) -> global___Hints: ...
     def __init__(
         self,
         *,
         session_id: builtins.bytes = ...,
         keys: builtins.bytes = ...,
+        hints: global___Hints | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["keys", b"keys", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hints", b"hints"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hints", b"hints", "keys", b"keys", "session_id", b"session_id"]) -> None: ...
 
 global___LookupRequest = LookupRequest
 
@@ -506,6 +637,36 @@ class LookupResponse(google.protobuf.message.Message):
 global___LookupResponse = LookupResponse
 
 @typing.final
+class Tokens(google.protobuf.message.Message):
+    """What keys are made of, optional wherever it stands: a prompt that leaves a stored chunk half-way can
+    then use the part before. Only for layouts and models where a token's KV depends on nothing after it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: builtins.int
+    EXTRAS_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
+    ids: builtins.bytes
+    """u32, packed, little-endian, from the first token of the first key on"""
+    parent: builtins.bytes
+    """Load, Get: the key before the first one, or the space digest"""
+    @property
+    def extras(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """none where all are empty, else one for each chunk that `ids` begins"""
+
+    def __init__(
+        self,
+        *,
+        ids: builtins.bytes = ...,
+        extras: collections.abc.Iterable[builtins.bytes] | None = ...,
+        parent: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extras", b"extras", "ids", b"ids", "parent", b"parent"]) -> None: ...
+
+global___Tokens = Tokens
+
+@typing.final
 class LoadRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -514,6 +675,8 @@ class LoadRequest(google.protobuf.message.Message):
     KEYS_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     IN_VRAM_FIELD_NUMBER: builtins.int
+    HINTS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     lease_id: builtins.int
     """chosen by the client, unique in its session while the lease lives"""
@@ -522,6 +685,12 @@ class LoadRequest(google.protobuf.message.Message):
     """the stream ends by itself at the deadline with what has landed; 0: none"""
     in_vram: builtins.bool
     """path cuda_ipc: chunks may be answered in VRAM"""
+    @property
+    def hints(self) -> global___Hints: ...
+    @property
+    def tokens(self) -> global___Tokens:
+        """asks for part of one more chunk, see LoadedChunk.tokens"""
+
     def __init__(
         self,
         *,
@@ -530,8 +699,11 @@ class LoadRequest(google.protobuf.message.Message):
         keys: builtins.bytes = ...,
         deadline_ms: builtins.int = ...,
         in_vram: builtins.bool = ...,
+        hints: global___Hints | None = ...,
+        tokens: global___Tokens | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "in_vram", b"in_vram", "keys", b"keys", "lease_id", b"lease_id", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hints", b"hints", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "hints", b"hints", "in_vram", b"in_vram", "keys", b"keys", "lease_id", b"lease_id", "session_id", b"session_id", "tokens", b"tokens"]) -> None: ...
 
 global___LoadRequest = LoadRequest
 
@@ -565,19 +737,25 @@ class LoadedChunk(google.protobuf.message.Message):
     INDEX_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     IN_VRAM_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     index: builtins.int
     offset: builtins.int
     """of chunk_bytes bytes in the arena"""
     in_vram: builtins.bool
     """path cuda_ipc: the arena is the one in VRAM"""
+    tokens: builtins.int
+    """0: the chunk of that key. Else another chunk that follows the same prefix, of which only so many
+    leading tokens are the prompt's: the last one of the load, at most one index beyond the keys.
+    """
     def __init__(
         self,
         *,
         index: builtins.int = ...,
         offset: builtins.int = ...,
         in_vram: builtins.bool = ...,
+        tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["in_vram", b"in_vram", "index", b"index", "offset", b"offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["in_vram", b"in_vram", "index", b"index", "offset", b"offset", "tokens", b"tokens"]) -> None: ...
 
 global___LoadedChunk = LoadedChunk
 
@@ -607,17 +785,28 @@ class GetRequest(google.protobuf.message.Message):
     SESSION_ID_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
+    HINTS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     keys: builtins.bytes
     deadline_ms: builtins.int
+    @property
+    def hints(self) -> global___Hints: ...
+    @property
+    def tokens(self) -> global___Tokens:
+        """as in LoadRequest"""
+
     def __init__(
         self,
         *,
         session_id: builtins.bytes = ...,
         keys: builtins.bytes = ...,
         deadline_ms: builtins.int = ...,
+        hints: global___Hints | None = ...,
+        tokens: global___Tokens | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "keys", b"keys", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hints", b"hints", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "hints", b"hints", "keys", b"keys", "session_id", b"session_id", "tokens", b"tokens"]) -> None: ...
 
 global___GetRequest = GetRequest
 
@@ -651,6 +840,9 @@ class GetResponse(google.protobuf.message.Message):
 
     PIECE_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    """alone, before the pieces of the last chunk: LoadedChunk.tokens"""
     @property
     def piece(self) -> global___ChunkPiece: ...
     @property
@@ -662,9 +854,10 @@ class GetResponse(google.protobuf.message.Message):
         *,
         piece: global___ChunkPiece | None = ...,
         end: global___LoadEnd | None = ...,
+        tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["end", b"end", "piece", b"piece"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["end", b"end", "piece", b"piece"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["end", b"end", "piece", b"piece", "tokens", b"tokens"]) -> None: ...
 
 global___GetResponse = GetResponse
 
@@ -704,12 +897,20 @@ class ReserveRequest(google.protobuf.message.Message):
     LEASE_ID_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
     PARENT_FIELD_NUMBER: builtins.int
+    HINTS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     lease_id: builtins.int
     """chosen by the client, unique in its session while the lease lives"""
     keys: builtins.bytes
     parent: builtins.bytes
     """32 bytes: the key before the first one, or the space digest"""
+    @property
+    def hints(self) -> global___Hints: ...
+    @property
+    def tokens(self) -> global___Tokens:
+        """of the leading keys; those that do not make their key are ignored"""
+
     def __init__(
         self,
         *,
@@ -717,8 +918,11 @@ class ReserveRequest(google.protobuf.message.Message):
         lease_id: builtins.int = ...,
         keys: builtins.bytes = ...,
         parent: builtins.bytes = ...,
+        hints: global___Hints | None = ...,
+        tokens: global___Tokens | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["keys", b"keys", "lease_id", b"lease_id", "parent", b"parent", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hints", b"hints", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hints", b"hints", "keys", b"keys", "lease_id", b"lease_id", "parent", b"parent", "session_id", b"session_id", "tokens", b"tokens"]) -> None: ...
 
 global___ReserveRequest = ReserveRequest
 
@@ -911,15 +1115,19 @@ class PrefetchRequest(google.protobuf.message.Message):
 
     SESSION_ID_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
+    CANCEL_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     keys: builtins.bytes
+    cancel: builtins.bool
+    """give up what this session's Prefetch and Lookup calls started of these chunks"""
     def __init__(
         self,
         *,
         session_id: builtins.bytes = ...,
         keys: builtins.bytes = ...,
+        cancel: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["keys", b"keys", "session_id", b"session_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "keys", b"keys", "session_id", b"session_id"]) -> None: ...
 
 global___PrefetchRequest = PrefetchRequest
 
@@ -932,7 +1140,7 @@ class PrefetchResponse(google.protobuf.message.Message):
     in_ram: builtins.int
     """already there"""
     promoting: builtins.int
-    """on their way"""
+    """on their way; with cancel, how many were"""
     def __init__(
         self,
         *,
@@ -980,6 +1188,150 @@ class EvictResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["chunks", b"chunks"]) -> None: ...
 
 global___EvictResponse = EvictResponse
+
+@typing.final
+class PinRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
+    TTL_S_FIELD_NUMBER: builtins.int
+    END_WITH_SESSION_FIELD_NUMBER: builtins.int
+    session_id: builtins.bytes
+    keys: builtins.bytes
+    ttl_s: builtins.float
+    """from a second to seven days; what is outside is clamped"""
+    end_with_session: builtins.bool
+    """the pin ends with this session, if not before"""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.bytes = ...,
+        keys: builtins.bytes = ...,
+        ttl_s: builtins.float = ...,
+        end_with_session: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["end_with_session", b"end_with_session", "keys", b"keys", "session_id", b"session_id", "ttl_s", b"ttl_s"]) -> None: ...
+
+global___PinRequest = PinRequest
+
+@typing.final
+class PinResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    TTL_S_FIELD_NUMBER: builtins.int
+    pin_id: builtins.int
+    """0: nothing was pinned"""
+    chunks: builtins.int
+    """leading chunks pinned"""
+    stop: global___PinStop.ValueType
+    ttl_s: builtins.float
+    """as granted"""
+    def __init__(
+        self,
+        *,
+        pin_id: builtins.int = ...,
+        chunks: builtins.int = ...,
+        stop: global___PinStop.ValueType = ...,
+        ttl_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "pin_id", b"pin_id", "stop", b"stop", "ttl_s", b"ttl_s"]) -> None: ...
+
+global___PinResponse = PinResponse
+
+@typing.final
+class UnpinRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    PIN_ID_FIELD_NUMBER: builtins.int
+    session_id: builtins.bytes
+    pin_id: builtins.int
+    def __init__(
+        self,
+        *,
+        session_id: builtins.bytes = ...,
+        pin_id: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pin_id", b"pin_id", "session_id", b"session_id"]) -> None: ...
+
+global___UnpinRequest = UnpinRequest
+
+@typing.final
+class UnpinResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___UnpinResponse = UnpinResponse
+
+@typing.final
+class ListPinsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    session_id: builtins.bytes
+    def __init__(
+        self,
+        *,
+        session_id: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session_id", b"session_id"]) -> None: ...
+
+global___ListPinsRequest = ListPinsRequest
+
+@typing.final
+class PinInfo(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: builtins.int
+    SPACE_DIGEST_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    LEFT_S_FIELD_NUMBER: builtins.int
+    END_WITH_SESSION_FIELD_NUMBER: builtins.int
+    pin_id: builtins.int
+    space_digest: builtins.bytes
+    chunks: builtins.int
+    """that it keeps now, those before the first key included"""
+    nbytes: builtins.int
+    """that they take of their tiers"""
+    left_s: builtins.float
+    end_with_session: builtins.bool
+    def __init__(
+        self,
+        *,
+        pin_id: builtins.int = ...,
+        space_digest: builtins.bytes = ...,
+        chunks: builtins.int = ...,
+        nbytes: builtins.int = ...,
+        left_s: builtins.float = ...,
+        end_with_session: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "end_with_session", b"end_with_session", "left_s", b"left_s", "nbytes", b"nbytes", "pin_id", b"pin_id", "space_digest", b"space_digest"]) -> None: ...
+
+global___PinInfo = PinInfo
+
+@typing.final
+class ListPinsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PINS_FIELD_NUMBER: builtins.int
+    @property
+    def pins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PinInfo]: ...
+    def __init__(
+        self,
+        *,
+        pins: collections.abc.Iterable[global___PinInfo] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pins", b"pins"]) -> None: ...
+
+global___ListPinsResponse = ListPinsResponse
 
 @typing.final
 class StatsRequest(google.protobuf.message.Message):
@@ -1140,3 +1492,98 @@ class ExplainResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["keys", b"keys"]) -> None: ...
 
 global___ExplainResponse = ExplainResponse
+
+@typing.final
+class CurveRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CurveRequest = CurveRequest
+
+@typing.final
+class CurvePoint(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    HIT_PERCENT_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    hit_percent: builtins.float
+    """of the chunks asked for"""
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+        hit_percent: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "hit_percent", b"hit_percent"]) -> None: ...
+
+global___CurvePoint = CurvePoint
+
+@typing.final
+class HitCurve(google.protobuf.message.Message):
+    """The hit ratio by capacity, replayed from a sample of what was asked for."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALL_TENANTS_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
+    RATE_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
+    SAMPLED_CHUNKS_FIELD_NUMBER: builtins.int
+    SEEN_BYTES_FIELD_NUMBER: builtins.int
+    all_tenants: builtins.bool
+    """else `tenant` alone, with the whole capacity for itself"""
+    tenant: builtins.str
+    tier: builtins.str
+    """"cpu"; "disk" is RAM and disk together"""
+    capacity_bytes: builtins.int
+    """today's"""
+    rate: builtins.float
+    """share of the chunks that are sampled, 0 to 1"""
+    requests: builtins.int
+    sampled_chunks: builtins.int
+    """references to sampled chunks: what the points stand on"""
+    seen_bytes: builtins.int
+    """what the largest capacity would hold now: beyond, nothing is known"""
+    @property
+    def points(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CurvePoint]:
+        """smallest capacity first"""
+
+    def __init__(
+        self,
+        *,
+        all_tenants: builtins.bool = ...,
+        tenant: builtins.str = ...,
+        tier: builtins.str = ...,
+        capacity_bytes: builtins.int = ...,
+        points: collections.abc.Iterable[global___CurvePoint] | None = ...,
+        rate: builtins.float = ...,
+        requests: builtins.int = ...,
+        sampled_chunks: builtins.int = ...,
+        seen_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["all_tenants", b"all_tenants", "capacity_bytes", b"capacity_bytes", "points", b"points", "rate", b"rate", "requests", b"requests", "sampled_chunks", b"sampled_chunks", "seen_bytes", b"seen_bytes", "tenant", b"tenant", "tier", b"tier"]) -> None: ...
+
+global___HitCurve = HitCurve
+
+@typing.final
+class CurveResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CURVES_FIELD_NUMBER: builtins.int
+    @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HitCurve]: ...
+    def __init__(
+        self,
+        *,
+        curves: collections.abc.Iterable[global___HitCurve] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curves", b"curves"]) -> None: ...
+
+global___CurveResponse = CurveResponse

@@ -89,6 +89,21 @@ class CacheStub(object):
                 request_serializer=kvtier_dot_proto_dot_cache__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvtier_dot_proto_dot_cache__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvtier.v1.Cache/Pin',
+                request_serializer=kvtier_dot_proto_dot_cache__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvtier_dot_proto_dot_cache__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvtier.v1.Cache/Unpin',
+                request_serializer=kvtier_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvtier_dot_proto_dot_cache__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/kvtier.v1.Cache/ListPins',
+                request_serializer=kvtier_dot_proto_dot_cache__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=kvtier_dot_proto_dot_cache__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvtier.v1.Cache/Stats',
                 request_serializer=kvtier_dot_proto_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -98,6 +113,11 @@ class CacheStub(object):
                 '/kvtier.v1.Cache/Explain',
                 request_serializer=kvtier_dot_proto_dot_cache__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=kvtier_dot_proto_dot_cache__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.Curve = channel.unary_unary(
+                '/kvtier.v1.Cache/Curve',
+                request_serializer=kvtier_dot_proto_dot_cache__pb2.CurveRequest.SerializeToString,
+                response_deserializer=kvtier_dot_proto_dot_cache__pb2.CurveResponse.FromString,
                 _registered_method=True)
 
 
@@ -113,7 +133,8 @@ class CacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """How many leading chunks are held. Takes no lease and moves nothing.
+        """How many leading chunks are held. Takes no lease. Those on disk start to come to RAM, as with
+        Prefetch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,7 +194,8 @@ class CacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prefetch(self, request, context):
-        """Starts bringing chunks from disk to RAM, behind every client that waits. Takes no lease.
+        """Starts bringing chunks from disk to RAM, behind every client that waits, as far as a part of RAM
+        goes. Takes no lease. What has not begun is given up when the session ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +203,27 @@ class CacheServicer(object):
 
     def Evict(self, request, context):
         """Removes chunks of the session's space, and all that continues them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps the leading held run of a prefix from being evicted for a time, within bounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends a pin of the session's tenant. Unknown pins are ignored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """The pins of the session's tenant, in all its spaces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +238,13 @@ class CacheServicer(object):
 
     def Explain(self, request, context):
         """Why each key is or is not a hit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Curve(self, request, context):
+        """What other capacities would hit, for the operator. Needs no session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,6 +308,21 @@ def add_CacheServicer_to_server(servicer, server):
                     request_deserializer=kvtier_dot_proto_dot_cache__pb2.EvictRequest.FromString,
                     response_serializer=kvtier_dot_proto_dot_cache__pb2.EvictResponse.SerializeToString,
             ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvtier_dot_proto_dot_cache__pb2.PinRequest.FromString,
+                    response_serializer=kvtier_dot_proto_dot_cache__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvtier_dot_proto_dot_cache__pb2.UnpinRequest.FromString,
+                    response_serializer=kvtier_dot_proto_dot_cache__pb2.UnpinResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=kvtier_dot_proto_dot_cache__pb2.ListPinsRequest.FromString,
+                    response_serializer=kvtier_dot_proto_dot_cache__pb2.ListPinsResponse.SerializeToString,
+            ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
                     request_deserializer=kvtier_dot_proto_dot_cache__pb2.StatsRequest.FromString,
@@ -267,6 +332,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=kvtier_dot_proto_dot_cache__pb2.ExplainRequest.FromString,
                     response_serializer=kvtier_dot_proto_dot_cache__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Curve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Curve,
+                    request_deserializer=kvtier_dot_proto_dot_cache__pb2.CurveRequest.FromString,
+                    response_serializer=kvtier_dot_proto_dot_cache__pb2.CurveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -577,6 +647,87 @@ class Cache(object):
             _registered_method=True)
 
     @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.Cache/Pin',
+            kvtier_dot_proto_dot_cache__pb2.PinRequest.SerializeToString,
+            kvtier_dot_proto_dot_cache__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.Cache/Unpin',
+            kvtier_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
+            kvtier_dot_proto_dot_cache__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.Cache/ListPins',
+            kvtier_dot_proto_dot_cache__pb2.ListPinsRequest.SerializeToString,
+            kvtier_dot_proto_dot_cache__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Stats(request,
             target,
             options=(),
@@ -620,6 +771,33 @@ class Cache(object):
             '/kvtier.v1.Cache/Explain',
             kvtier_dot_proto_dot_cache__pb2.ExplainRequest.SerializeToString,
             kvtier_dot_proto_dot_cache__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Curve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvtier.v1.Cache/Curve',
+            kvtier_dot_proto_dot_cache__pb2.CurveRequest.SerializeToString,
+            kvtier_dot_proto_dot_cache__pb2.CurveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,7 +58,9 @@ class CacheStub:
         kvtier.proto.cache_pb2.LookupRequest,
         kvtier.proto.cache_pb2.LookupResponse,
     ]
-    """How many leading chunks are held. Takes no lease and moves nothing."""
+    """How many leading chunks are held. Takes no lease. Those on disk start to come to RAM, as with
+    Prefetch.
+    """
 
     Load: grpc.UnaryStreamMultiCallable[
         kvtier.proto.cache_pb2.LoadRequest,
@@ -113,13 +115,33 @@ class CacheStub:
         kvtier.proto.cache_pb2.PrefetchRequest,
         kvtier.proto.cache_pb2.PrefetchResponse,
     ]
-    """Starts bringing chunks from disk to RAM, behind every client that waits. Takes no lease."""
+    """Starts bringing chunks from disk to RAM, behind every client that waits, as far as a part of RAM
+    goes. Takes no lease. What has not begun is given up when the session ends.
+    """
 
     Evict: grpc.UnaryUnaryMultiCallable[
         kvtier.proto.cache_pb2.EvictRequest,
         kvtier.proto.cache_pb2.EvictResponse,
     ]
     """Removes chunks of the session's space, and all that continues them."""
+
+    Pin: grpc.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.PinRequest,
+        kvtier.proto.cache_pb2.PinResponse,
+    ]
+    """Keeps the leading held run of a prefix from being evicted for a time, within bounds."""
+
+    Unpin: grpc.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.UnpinRequest,
+        kvtier.proto.cache_pb2.UnpinResponse,
+    ]
+    """Ends a pin of the session's tenant. Unknown pins are ignored."""
+
+    ListPins: grpc.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.ListPinsRequest,
+        kvtier.proto.cache_pb2.ListPinsResponse,
+    ]
+    """The pins of the session's tenant, in all its spaces."""
 
     Stats: grpc.UnaryUnaryMultiCallable[
         kvtier.proto.cache_pb2.StatsRequest,
@@ -132,6 +154,12 @@ class CacheStub:
         kvtier.proto.cache_pb2.ExplainResponse,
     ]
     """Why each key is or is not a hit."""
+
+    Curve: grpc.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.CurveRequest,
+        kvtier.proto.cache_pb2.CurveResponse,
+    ]
+    """What other capacities would hit, for the operator. Needs no session."""
 
 class CacheAsyncStub:
     OpenSession: grpc.aio.UnaryStreamMultiCallable[
@@ -146,7 +174,9 @@ class CacheAsyncStub:
         kvtier.proto.cache_pb2.LookupRequest,
         kvtier.proto.cache_pb2.LookupResponse,
     ]
-    """How many leading chunks are held. Takes no lease and moves nothing."""
+    """How many leading chunks are held. Takes no lease. Those on disk start to come to RAM, as with
+    Prefetch.
+    """
 
     Load: grpc.aio.UnaryStreamMultiCallable[
         kvtier.proto.cache_pb2.LoadRequest,
@@ -201,13 +231,33 @@ class CacheAsyncStub:
         kvtier.proto.cache_pb2.PrefetchRequest,
         kvtier.proto.cache_pb2.PrefetchResponse,
     ]
-    """Starts bringing chunks from disk to RAM, behind every client that waits. Takes no lease."""
+    """Starts bringing chunks from disk to RAM, behind every client that waits, as far as a part of RAM
+    goes. Takes no lease. What has not begun is given up when the session ends.
+    """
 
     Evict: grpc.aio.UnaryUnaryMultiCallable[
         kvtier.proto.cache_pb2.EvictRequest,
         kvtier.proto.cache_pb2.EvictResponse,
     ]
     """Removes chunks of the session's space, and all that continues them."""
+
+    Pin: grpc.aio.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.PinRequest,
+        kvtier.proto.cache_pb2.PinResponse,
+    ]
+    """Keeps the leading held run of a prefix from being evicted for a time, within bounds."""
+
+    Unpin: grpc.aio.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.UnpinRequest,
+        kvtier.proto.cache_pb2.UnpinResponse,
+    ]
+    """Ends a pin of the session's tenant. Unknown pins are ignored."""
+
+    ListPins: grpc.aio.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.ListPinsRequest,
+        kvtier.proto.cache_pb2.ListPinsResponse,
+    ]
+    """The pins of the session's tenant, in all its spaces."""
 
     Stats: grpc.aio.UnaryUnaryMultiCallable[
         kvtier.proto.cache_pb2.StatsRequest,
@@ -220,6 +270,12 @@ class CacheAsyncStub:
         kvtier.proto.cache_pb2.ExplainResponse,
     ]
     """Why each key is or is not a hit."""
+
+    Curve: grpc.aio.UnaryUnaryMultiCallable[
+        kvtier.proto.cache_pb2.CurveRequest,
+        kvtier.proto.cache_pb2.CurveResponse,
+    ]
+    """What other capacities would hit, for the operator. Needs no session."""
 
 class CacheServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -238,7 +294,9 @@ class CacheServicer(metaclass=abc.ABCMeta):
         request: kvtier.proto.cache_pb2.LookupRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvtier.proto.cache_pb2.LookupResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.LookupResponse]]:
-        """How many leading chunks are held. Takes no lease and moves nothing."""
+        """How many leading chunks are held. Takes no lease. Those on disk start to come to RAM, as with
+        Prefetch.
+        """
 
     @abc.abstractmethod
     def Load(
@@ -309,7 +367,9 @@ class CacheServicer(metaclass=abc.ABCMeta):
         request: kvtier.proto.cache_pb2.PrefetchRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvtier.proto.cache_pb2.PrefetchResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.PrefetchResponse]]:
-        """Starts bringing chunks from disk to RAM, behind every client that waits. Takes no lease."""
+        """Starts bringing chunks from disk to RAM, behind every client that waits, as far as a part of RAM
+        goes. Takes no lease. What has not begun is given up when the session ends.
+        """
 
     @abc.abstractmethod
     def Evict(
@@ -318,6 +378,30 @@ class CacheServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvtier.proto.cache_pb2.EvictResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.EvictResponse]]:
         """Removes chunks of the session's space, and all that continues them."""
+
+    @abc.abstractmethod
+    def Pin(
+        self,
+        request: kvtier.proto.cache_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvtier.proto.cache_pb2.PinResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.PinResponse]]:
+        """Keeps the leading held run of a prefix from being evicted for a time, within bounds."""
+
+    @abc.abstractmethod
+    def Unpin(
+        self,
+        request: kvtier.proto.cache_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvtier.proto.cache_pb2.UnpinResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.UnpinResponse]]:
+        """Ends a pin of the session's tenant. Unknown pins are ignored."""
+
+    @abc.abstractmethod
+    def ListPins(
+        self,
+        request: kvtier.proto.cache_pb2.ListPinsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvtier.proto.cache_pb2.ListPinsResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.ListPinsResponse]]:
+        """The pins of the session's tenant, in all its spaces."""
 
     @abc.abstractmethod
     def Stats(
@@ -334,5 +418,13 @@ class CacheServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvtier.proto.cache_pb2.ExplainResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.ExplainResponse]]:
         """Why each key is or is not a hit."""
+
+    @abc.abstractmethod
+    def Curve(
+        self,
+        request: kvtier.proto.cache_pb2.CurveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvtier.proto.cache_pb2.CurveResponse, collections.abc.Awaitable[kvtier.proto.cache_pb2.CurveResponse]]:
+        """What other capacities would hit, for the operator. Needs no session."""
 
 def add_CacheServicer_to_server(servicer: CacheServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvtier.tiers.arena import Slot
-from kvtier.tiers.index import Replica
+from kvtier.tiers.tree import Replica
 
 
 class LoadStop(Enum):
@@ -28,6 +28,8 @@ class ReserveOutcome(Enum):
     NO_ROOM = 4
     PARENT_MISSING = 5
     LEASE_LIMIT = 6
+    NOT_WORTH = 7
+    QUOTA = 8
 
 
 class CommitOutcome(Enum):
@@ -51,6 +53,9 @@ class KeyState(Enum):
     EXPIRED = 7
     OTHER_SPACE = 8
     VRAM = 9
+    REFUSED = 10
+    QUOTA = 11
+    LOST_IN_CRASH = 12
 
 
 @dataclass(frozen=True, slots=True)

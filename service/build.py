@@ -3,33 +3,48 @@
 import gc
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kvtier.config import Config, Cpu, Disk, Gpu
+from kvtier.chunks import ChunkKey
+from kvtier.config import Config
 from kvtier.errors import AlreadyRunning, ConfigError
 from kvtier.kernels.codecs import codec_by_name
 from kvtier.kernels.device import DeviceError
 from kvtier.kernels.devices import open_device
 from kvtier.kernels.shared_memory import SharedMemory, remove_stale
 from kvtier.metrics import Counters
-from kvtier.service.cache import Cache, Rules
+from kvtier.sections import Cpu, Disk, Gpu, Tenants
+from kvtier.service.cache import Cache, Retained
+from kvtier.service.curves import curves_of
+from kvtier.service.demotion import Demotion, When, Writing
 from kvtier.service.explain import Explainer
 from kvtier.service.history import History
-from kvtier.service.placement import Memory, Placement
+from kvtier.service.journal import FILE_BYTES, Journal, recall
+from kvtier.service.learning import MOST_BYTES as MOST_LEARNED_BYTES
+from kvtier.service.learning import Learning
+from kvtier.service.pins import Pins
+from kvtier.service.placement import Memory, Placement, Rules, Tiers
 from kvtier.service.promotion import Promotions
 from kvtier.service.raising import Raisings
 from kvtier.service.sessions import Sessions
 from kvtier.service.vram import Vram
+from kvtier.service.vram_loss import watch
 from kvtier.service.write_behind import WriteBehind
 from kvtier.tiers.base import Store
+from kvtier.tiers.curve_tenants import Curves
 from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.policies.registry import Family, make_family
 from kvtier.tiers.rebuild import rebuild
+from kvtier.tiers.tree import Branch, TierId
 from kvtier.transfer.bus import Bus, Pacing
-from kvtier.transfer.mover import Mover, Priority
+from kvtier.transfer.mover import Mover
 
 logger = logging.getLogger(__name__)
+
+# One part in so many of the disk's capacity for each of the journal's files.
+_JOURNAL_SHARE = 128
 
 Progress = Callable[[str, int, int], None]
 """Told of long work: what it is, how much is done, of how much."""
@@ -42,6 +57,8 @@ class DiskSide:
     store: Store
     mover: Mover
     write_behind: WriteBehind
+    demotion: Demotion
+    journal: Journal
 
 
 @dataclass(slots=True)
@@ -53,10 +70,13 @@ class Core:
     memory: Memory
     disk: DiskSide | None
     vram: Vram | None
+    learning: Learning
+    curves: Curves
     flush_s: float
 
     def start(self) -> None:
         """Start the lanes of the bus and of the disk; needs the running loop."""
+        self.cache.pins.start()
         if self.vram is not None:
             self.vram.bus.start()
         if self.disk is not None:
@@ -68,10 +88,14 @@ class Core:
         server.shutdown_flush_s was too short to write it all."""
         flushed = True
         await self.cache.sessions.close()
+        await self.cache.pins.close()
+        await self.learning.close()
         if self.disk is not None:
+            self.disk.demotion.stopping()
             flushed = await self.disk.write_behind.flush(self.flush_s)
             await self.disk.write_behind.close()
             await self.disk.mover.close()
+            await self.disk.journal.close(keep=not self.disk.demotion.all_saved)
             await self.disk.store.flush()
             await self.disk.store.close()
         if self.vram is not None:
@@ -107,26 +131,79 @@ def _build(config: Config, progress: Progress) -> Core:
     counters = Counters()
     history = History(config.limits.history)
     vram = _open_vram(config.gpu, region)
-    placement = Placement(memory, store, history, counters, vram=vram)
-    disk, mover = None, None
-    if store is not None:
-        for unreachable in rebuild(placement.index, store.spaces(), store.records()):
-            store.delete(unreachable)
-        mover = Mover(store, config.disk.read_threads)
-        interval_s = config.disk.commit_interval_ms / 1000
-        write_behind = WriteBehind(placement, mover, config.disk.commit_bytes, interval_s)
-        placement.on_commit = write_behind.add
-        disk = DiskSide(store, mover, write_behind)
+    families = {tier: make_family(config.eviction.policy) for tier in TierId}
+    rules = Rules(lambda tier: families[tier].policy(), _quotas(config.tenants))
+    placement = Placement(Tiers(memory, store, vram), history, counters, rules)
+    learning = _learn(placement, families, config)
+    disk = _join_disk(placement, config.disk)
     sessions = Sessions(
         placement.index, config.limits.sessions, memory.region.path, counters.add_aborted
     )
-    promotions = Promotions(placement, mover)
-    placement.on_lonely = lambda node: promotions.join(node, Priority.PREFETCH)
+    promotions = Promotions(placement, disk.mover if disk is not None else None)
     raisings = Raisings(placement, vram) if vram is not None else None
-    rules = Rules(config.retention.ttl_s, config.limits)
-    cache = Cache(placement, promotions, sessions, rules, raisings)
-    explainer = Explainer(placement.index, history)
-    return Core(cache, explainer, memory, disk, vram, config.server.shutdown_flush_s)
+    if vram is not None:
+        watch(vram, placement, sessions)
+    retained = Retained(
+        config.retention.ttl_s,
+        config.limits,
+        config.disk.read_ahead_percent,
+        passes_to_disk=When(config.disk.write).passes_through,
+    )
+    pins = Pins(placement, config.tenants.pin_percent)
+    cache = Cache(placement, promotions, sessions, retained, pins, raisings)
+    explainer = Explainer(placement.index, history, config)
+    curves = _draw_curves(cache, config)
+    flush_s = config.server.shutdown_flush_s
+    return Core(cache, explainer, memory, disk, vram, learning, curves, flush_s)
+
+
+def _draw_curves(cache: Cache, config: Config) -> Curves:
+    """What the hit ratio would be with other capacities, from the prompts that come."""
+    curves, clock = curves_of(config), cache.placement.clock
+
+    def seen(branch: Branch, keys: Sequence[ChunkKey], used: bool) -> None:
+        curves.asked(branch.tenant.name, branch.nbytes, keys, clock(), reads=used)
+
+    cache.uses.on_prompt = seen
+    return curves
+
+
+def _learn(placement: Placement, families: dict[TierId, Family], config: Config) -> Learning:
+    """What the policies learn, and did in an earlier run."""
+    name = config.eviction.policy
+    learners = {f"{tier.name}.{name}": family.learner for tier, family in families.items()}
+    learning = Learning(learners, config.disk.directory)
+    learning.restore()
+    placement.on_asked = learning.asked
+    return learning
+
+
+def _quotas(tenants: Tenants) -> dict[TierId, int]:
+    return {
+        TierId.GPU: tenants.gpu_percent,
+        TierId.CPU: tenants.cpu_percent,
+        TierId.DISK: tenants.disk_percent,
+    }
+
+
+def _join_disk(placement: Placement, disk: Disk) -> DiskSide | None:
+    """Bring the index back from the store, and set up what writes to it."""
+    store = placement.store
+    if store is None or disk.directory is None:
+        return None
+    for unreachable in rebuild(placement.index, store.spaces(), store.records()):
+        store.delete(unreachable)
+    mover = Mover(store, disk.read_threads)
+    interval_s = disk.commit_interval_ms / 1000
+    write_behind = WriteBehind(placement, mover, disk.commit_bytes, interval_s)
+    writing = Writing(When(disk.write), disk.write_reuse_percent / 100)
+    demotion = Demotion(placement, writing, write_behind.add)
+    placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
+    placement.is_unsaved = demotion.is_unsaved
+    journal = Journal(disk.directory, placement.clock, _journal_file_bytes(disk))
+    recall(journal, placement.history, placement.index)
+    placement.on_stored, placement.on_gone = journal.stored, journal.gone
+    return DiskSide(store, mover, write_behind, demotion, journal)
 
 
 @contextmanager
@@ -146,7 +223,12 @@ def _open_store(disk: Disk) -> Store | None:
     if disk.directory is None:
         return None
     codec = codec_by_name(disk.compression)
-    return DiskTier.open(disk.directory, disk.capacity, codec, disk.read_threads)
+    capacity = disk.capacity - 2 * _journal_file_bytes(disk) - 2 * MOST_LEARNED_BYTES
+    return DiskTier.open(disk.directory, capacity, codec, disk.read_threads)
+
+
+def _journal_file_bytes(disk: Disk) -> int:
+    return min(FILE_BYTES, disk.capacity // _JOURNAL_SHARE)
 
 
 def _open_vram(gpu: Gpu, arena: SharedMemory) -> Vram | None:

@@ -4,41 +4,48 @@ Everything runs on one event loop's thread, so nothing here locks. Between two a
 never seen half changed.
 """
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvtier.chunks import ChunkKey
-from kvtier.config import Limits
 from kvtier.errors import InvalidRequest, LimitReached, ServiceStopping
-from kvtier.service.answers import (
-    CommitOutcome,
-    Landed,
-    LoadStop,
-    Reserved,
-    ReserveOutcome,
-    TierUse,
-)
-from kvtier.service.history import Loss
+from kvtier.sections import Limits
+from kvtier.service.answers import CommitOutcome, Landed, LoadStop, Reserved, TierUse
+from kvtier.service.hints import NOTHING_TOLD, Hints
+from kvtier.service.history import Why
+from kvtier.service.landing import Landing
 from kvtier.service.leases import Lease, Mode
 from kvtier.service.loading import Loading
+from kvtier.service.overlaps import Offered, Overlaps
+from kvtier.service.pins import Pinned, Pins, Terms
 from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotions
 from kvtier.service.raising import Raisings
+from kvtier.service.read_ahead import ReadAhead
+from kvtier.service.reserving import Reserving
 from kvtier.service.sessions import Session, Sessions
+from kvtier.service.uses import Call, Uses
 from kvtier.spaces import Space
 from kvtier.tiers.arena import slot_bytes_of
-from kvtier.tiers.index import Branch, Node, Replica, TierId
-from kvtier.transfer.mover import Priority
+from kvtier.tiers.tree import Branch, Node, Replica, TierId
 
 _IN_MEMORY = (TierId.GPU, TierId.CPU)
+# Chunks of one Lookup that are begun: that takes the loop some milliseconds.
+_MOST_AHEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """The cache's own settings. `ttl_s` of 0 keeps chunks until they are evicted."""
+class Retained:
+    """How long chunks are kept, and what clients may use up. `ttl_s` of 0 keeps chunks until they
+    are evicted; `read_ahead_percent` is of RAM, for one session; `passes_to_disk` says whether
+    chunks that RAM does not keep may be written."""
 
     ttl_s: float
     limits: Limits
+    read_ahead_percent: int
+    passes_to_disk: bool = False
 
 
 class Cache:
@@ -49,16 +56,23 @@ class Cache:
         placement: Placement,
         promotions: Promotions,
         sessions: Sessions,
-        rules: Rules,
+        rules: Retained,
+        pins: Pins,
         raisings: Raisings | None = None,
     ) -> None:
         self.placement = placement
         self.sessions = sessions
         self.rules = rules
         self._promotions = promotions
+        self._landing = Landing(placement, passes=rules.passes_to_disk)
+        self.pins = pins
+        self.uses = Uses(placement)
+        self._ahead = ReadAhead(placement, promotions, rules.read_ahead_percent)
         self._raisings = raisings
         self._counters = placement.counters
         self._index = placement.index
+        self.overlaps = Overlaps(rules.limits.token_bytes, placement.counters)
+        placement.index.on_gone = self.overlaps.tree.forget
         self._stopping = False
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────
@@ -95,6 +109,9 @@ class Cache:
     def end_session(self, session: Session) -> None:
         """The client is gone; what it leased ends as soon as it can no longer touch it."""
         self._counters.sessions_ended += 1
+        self._note_uncommitted(session, session.leases.reserved())
+        self._ahead.end(session)
+        self.pins.session_ended(session)
         self.sessions.end(session)
 
     def announce_stop(self) -> None:
@@ -114,31 +131,49 @@ class Cache:
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
-    def lookup(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
-        """How many leading chunks are held, and how many of them are in RAM or VRAM. Moves
-        nothing."""
+    def lookup(
+        self, session: Session, keys: Sequence[ChunkKey], hints: Hints = NOTHING_TOLD
+    ) -> tuple[int, int]:
+        """How many leading chunks are held, and how many of them are in RAM or VRAM. The others
+        start to come: whoever asks is about to load."""
         run = self._match(session.branch, keys)
         in_ram = self._index.leading(run, _IN_MEMORY)
         self._counters.lookups += 1
         self._counters.lookup_chunks += len(keys)
         self._counters.lookup_hits += len(run)
+        if hints != NOTHING_TOLD:  # once it is answered
+            asyncio.get_running_loop().call_soon(self._looked_up, session, keys, hints)
+        if in_ram < len(run):  # likewise
+            rest = run[in_ram : in_ram + _MOST_AHEAD]
+            asyncio.get_running_loop().call_soon(self._read_ahead, session, rest)
         return len(run), in_ram
+
+    def _looked_up(self, session: Session, keys: Sequence[ChunkKey], hints: Hints) -> None:
+        run = self._match(session.branch, keys)
+        self.uses.used(session.branch, run, keys, hints, Call.LOOK)
+
+    def _read_ahead(self, session: Session, run: Sequence[Node]) -> None:
+        if session in self.sessions:
+            self._ahead.bring(session, run)
 
     def open_read(self, session: Session, lease_id: int) -> Lease:
         """A read lease for `load`. Raises InvalidRequest when the id is in use."""
         return session.leases.open(lease_id, Mode.READ)
 
-    def load(
+    def load(  # noqa: PLR0913 - what a request says, each by its name
         self,
         session: Session,
         lease: Lease,
         keys: Sequence[ChunkKey],
         deadline_s: float | None,
         *,
+        hints: Hints = NOTHING_TOLD,
         in_vram: bool = False,
+        offered: Offered | None = None,
     ) -> "tuple[AsyncIterator[Landed], Loading]":
         """Bring the longest held run under a read lease; with `in_vram`, for a session that reaches
-        it, chunks that are in VRAM are answered there.
+        it, chunks that are in VRAM are answered there. With the prompt's tokens, a chunk that it
+        leaves half-way comes last.
 
         The chunks come from the iterator, which the caller must start at once; why it stopped
         stands in `stop` of the second value afterwards.
@@ -146,32 +181,38 @@ class Cache:
         run = self._match(session.branch, keys)
         self._counters.loads += 1
         self._counters.load_chunks += len(keys)
-        self.placement.hit(run)
+        if keys:  # else what comes later is the request's first use
+            self.uses.used(session.branch, run, keys, hints, Call.READ)
         raisings = self._raisings if in_vram and session.in_vram else None
         loading = Loading(self.placement, self._promotions, raisings, session.leases, lease)
+        loading.on_end = partial(self._ahead.load_ended, session, run)
+        self._ahead.load_began(run)
         if len(run) < len(keys):
             loading.stop = LoadStop.MISS
+        if offered is not None:
+            oldest_s = self.placement.clock() - self.rules.ttl_s if self.rules.ttl_s else 0.0
+            loading.overlap = self.overlaps.beyond(session.branch, run, offered, oldest_s)
         return loading.chunks(run, deadline_s), loading
 
     def prefetch(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
         """Start promoting the leading run; returns (already in RAM, on their way)."""
-        in_ram = promoting = 0
-        for node in self._match(session.branch, keys):
-            if self._index.leading([node], _IN_MEMORY):
-                in_ram += 1
-            elif not node.ready(TierId.DISK):
-                break  # evicted just now, to make room for those before it
-            elif not self._promotions.join(node, Priority.PREFETCH):
-                break
-            else:
-                promoting += 1
-        return in_ram, promoting
+        return self._ahead.bring(session, self._match(session.branch, keys))
+
+    def cancel_prefetch(self, session: Session, keys: Sequence[ChunkKey]) -> int:
+        """Give up what was started for a session by `prefetch` or `lookup`, unless somebody else
+        wants it; returns how many chunks were on their way."""
+        return self._ahead.give_up(session, keys)
+
+    def pin(self, session: Session, keys: Sequence[ChunkKey], terms: Terms) -> Pinned:
+        """Keep the leading held run from being evicted, within the bounds of pins."""
+        return self.pins.pin(session, self._match(session.branch, keys), len(keys), terms)
 
     def release(self, session: Session, lease_id: int) -> None:
         """End a read lease; unknown ones are ignored."""
         lease = session.leases.find(lease_id, Mode.READ)
         if lease is not None:
             session.leases.end(lease)
+            lease.on_release()
 
     def _match(self, branch: Branch, keys: Sequence[ChunkKey]) -> list[Node]:
         ttl_s = self.rules.ttl_s
@@ -182,14 +223,18 @@ class Cache:
         if len(run) < len(keys):
             node = branch.nodes.get(keys[len(run)])
             if node is not None and node.held:
-                detail = f"it was older than retention.ttl_s ({ttl_s:g} s)"
-                self._counters.expired_chunks += self.placement.lose(node, Loss.EXPIRED, detail)
+                self._counters.expired_chunks += self.placement.lose(node, Why.AGE)
         return run
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
     def reserve(
-        self, session: Session, lease_id: int, keys: Sequence[ChunkKey], parent: ChunkKey
+        self,
+        session: Session,
+        lease_id: int,
+        keys: Sequence[ChunkKey],
+        parent: ChunkKey,
+        hints: Hints = NOTHING_TOLD,
     ) -> list[Reserved]:
         """Give a write slot for each key that is wanted; answers every key, in order.
 
@@ -199,56 +244,19 @@ class Cache:
         if session.branch.digest in keys:
             raise InvalidRequest("keys: the space digest is given; it is the key of no chunk")
         lease = session.leases.open(lease_id, Mode.WRITE)
-        self.placement.hit(self._match(session.branch, keys))
-        answers = []
-        for index, key in enumerate(keys):
-            answers.append(self._reserve_one(session, lease, index, key, parent))
-            parent = key
+        run = self._match(session.branch, keys)  # what is too old makes place for the same anew
+        above = session.branch.nodes.get(parent)
+        self.uses.used(session.branch, run, keys, hints, Call.STORE, above)
+        limit = self.write_lease_limit
+        reserving = Reserving(self._landing, limit, session, lease, hints.label)
+        answers = reserving.reserve(keys, parent)
         if not lease.replicas:
             session.leases.end(lease)
         return answers
 
-    def _reserve_one(
-        self, session: Session, lease: Lease, index: int, key: ChunkKey, parent: ChunkKey
-    ) -> Reserved:
-        branch, counters = session.branch, self._counters
-        node = branch.nodes.get(key)
-        if node is not None and node.held:
-            return Reserved(ReserveOutcome.EXISTS)
-        if node is not None and node.replicas[TierId.CPU] is not None:
-            return Reserved(ReserveOutcome.BEING_WRITTEN)
-        above = branch.nodes.get(parent)
-        if parent != branch.digest and (above is None or not any(above.replicas)):
-            counters.refused_parent_missing += 1
-            return Reserved(ReserveOutcome.PARENT_MISSING)
-        nbytes = branch.space.layout.nbytes
-        if session.leases.write_bytes + nbytes > self.write_lease_limit:
-            counters.refused_lease_limit += 1
-            return Reserved(ReserveOutcome.LEASE_LIMIT)
-        replica = self._begin_below(above, branch, key, parent)
-        if replica is None:
-            counters.refused_no_room += 1
-            return Reserved(ReserveOutcome.NO_ROOM)
-        counters.reserved_chunks += 1
-        session.leases.add_write(lease, index, replica)
-        return Reserved(ReserveOutcome.WRITE, replica.slot)
-
-    def _begin_below(
-        self, above: Node | None, branch: Branch, key: ChunkKey, parent: ChunkKey
-    ) -> Replica | None:
-        created_s = self.placement.clock()
-        kept = above.ready(TierId.CPU) if above is not None else None
-        if kept is not None:
-            self._index.pin(kept)  # the room must not be its own parent's
-        try:
-            return self.placement.begin_in(
-                TierId.CPU,
-                branch.space.layout.nbytes,
-                lambda slot: self._index.begin(branch, key, parent, created_s, TierId.CPU, slot),
-            )
-        finally:
-            if kept is not None:
-                self._index.unpin(kept)
+    def learn(self, session: Session, keys: Sequence[ChunkKey], offered: Offered) -> None:
+        """Take the tokens of chunks that are held or reserved, where they make their keys."""
+        self.overlaps.learn(session.branch, keys, offered)
 
     def write_lease(self, session: Session, lease_id: int) -> Lease | None:
         """The session's write lease of that id."""
@@ -272,9 +280,11 @@ class Cache:
             else:
                 self._index.abort(replica)
                 self._counters.aborted_chunks += 1
+                self.placement.refused(session.branch, replica.key, Why.PARENT_MISSING)
                 outcomes.append(CommitOutcome.PARENT_MISSING)
         self._counters.committed_chunks += len(stored)
-        self._counters.aborted_chunks += session.leases.end(lease)
+        self.overlaps.publish(stored)
+        self._discard(session, lease)
         self.placement.committed(stored)
         return outcomes
 
@@ -282,7 +292,16 @@ class Cache:
         """Discard a write lease; unknown ones are ignored."""
         lease = self.write_lease(session, lease_id)
         if lease is not None:
-            self._counters.aborted_chunks += session.leases.end(lease)
+            self._discard(session, lease)
+
+    def _discard(self, session: Session, lease: Lease) -> None:
+        """End a write lease with what was not committed of it."""
+        self._note_uncommitted(session, lease.replicas.values())
+        self._counters.aborted_chunks += session.leases.end(lease)
+
+    def _note_uncommitted(self, session: Session, replicas: Iterable[Replica]) -> None:
+        for replica in replicas:
+            self.placement.refused(session.branch, replica.key, Why.NOT_COMMITTED)
 
     # ── the operator's ────────────────────────────────────────────────────────────────────────────
 
@@ -291,7 +310,7 @@ class Cache:
         nodes = session.branch.nodes
         doomed = list(nodes) if whole_space else list(keys)
         return sum(
-            self.placement.lose(node, Loss.EVICTED, "a client asked for its removal")
+            self.placement.lose(node, Why.REMOVED)
             for key in doomed
             if (node := nodes.get(key)) is not None
         )

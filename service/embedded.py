@@ -41,7 +41,7 @@ class EmbeddedCore:
         except BaseException:
             self._end_loop()
             raise
-        self.servicer = Servicer(self._core.cache, self._core.explainer)
+        self.servicer = Servicer(self._core.cache, self._core.explainer, self._core.curves)
 
     async def _start(self) -> Core:
         core = build(self._config, lambda what, done, total: None)

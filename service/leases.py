@@ -5,11 +5,13 @@ answer got lost can still give it back. A read lease pins committed replicas; a 
 replicas that nobody can read yet.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtier.errors import InvalidRequest, LimitReached
-from kvtier.tiers.index import Index, Replica, State
+from kvtier.tiers.index import Index
+from kvtier.tiers.tree import Replica, State
 
 # One per request under way or in use; a client that leaks them is stopped before it hurts others.
 LEASES_PER_SESSION = 4096
@@ -31,6 +33,7 @@ class Lease:
     replicas: dict[int, Replica] = field(default_factory=dict)
     ended: bool = False
     filling: bool = False  # a Put is writing into its slots
+    on_release: Callable[[], None] = lambda: None  # called when its client has read what it wanted
 
 
 class Leases:
@@ -59,6 +62,12 @@ class Leases:
     def find(self, lease_id: int, mode: Mode) -> Lease | None:
         lease = self._leases.get(lease_id)
         return lease if lease is not None and lease.mode is mode else None
+
+    def reserved(self) -> Iterator[Replica]:
+        """What it holds reserved."""
+        for lease in self._leases.values():
+            if lease.mode is Mode.WRITE:
+                yield from lease.replicas.values()
 
     def add_read(self, lease: Lease, index: int, replica: Replica) -> None:
         """Pin a readable replica under the lease."""

@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from kvtier.service.answers import Landed, LoadStop
 from kvtier.service.leases import Lease, Leases
+from kvtier.service.overlaps import Overlap
 from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotion, Promotions
 from kvtier.service.raising import Raisings
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Node, Replica, TierId
+from kvtier.tiers.tree import Node, Replica, TierId
 from kvtier.transfer.mover import Priority
 
 _STOPS = {
@@ -19,12 +20,15 @@ _STOPS = {
     Outcome.CORRUPT: LoadStop.CORRUPT,
     Outcome.FAILED: LoadStop.FAILED,
 }
+_HITS = {TierId.GPU: "vram", TierId.CPU: "ram", TierId.DISK: "disk"}
 
 
 class Loading:
     """A load under way. What is in an arena that the client reaches is leased at once and what is
     elsewhere is pinned by its promotion, so that nothing of the run can be evicted while it is
-    brought. With `raisings` the client reaches VRAM, and what it found in RAM is raised."""
+    brought. With `raisings` the client reaches VRAM, and what it found in RAM is raised. `overlap`
+    is the chunk after the run that the prompt leaves half-way, where one was found. `on_end` is
+    called when it no longer waits for anything."""
 
     def __init__(
         self,
@@ -41,36 +45,47 @@ class Loading:
         self._lease = lease
         self._awaited: dict[int, Promotion] = {}
         self.stop = LoadStop.COMPLETE
+        self.overlap: Overlap | None = None
+        self.on_end: Callable[[], None] = lambda: None
 
     async def chunks(self, run: list[Node], deadline_s: float | None) -> AsyncIterator[Landed]:
-        """Yields the chunks of a held run as they land; where it ends early, `stop` says why.
+        """Yields the chunks of a held run as they land, then the overlap; where it ends early,
+        `stop` says why.
 
-        The run must be held when the first chunk is asked for. `deadline_s` is in seconds from
-        then.
+        All must be held when the first chunk is asked for. `deadline_s` is in seconds from then.
         """
         until = None if deadline_s is None else time.monotonic() + deadline_s
         try:
-            wanted = self._begin(run)
+            overlap = self.overlap
+            wanted = self._begin(run if overlap is None else [*run, overlap.node])
             done = 0
             while done < wanted:
                 landed = self._landed_from(done)
                 if landed.chunks:
                     done += len(landed.chunks)
+                    if overlap is not None and done > overlap.index:
+                        self._placement.counters.load_partial_tokens += overlap.tokens
                     yield landed
                 elif not await self._await_landing(done, until):
                     return
-            if self._raisings is not None:
-                self._raisings.raise_up(run)
+            if self._raisings is not None:  # once they are read: until then the bus is the client's
+                self._lease.on_release = partial(self._raisings.raise_up, run)
         finally:
             for promotion in self._awaited.values():
-                self._promotions.leave(promotion)
+                self._promotions.leave(promotion, Priority.DEMAND)
+            self.on_end()
+
+    def overlapping(self, index: int) -> int:
+        """How many tokens of a chunk are the prompt's; 0 where it is the one of that key."""
+        overlap = self.overlap
+        return overlap.tokens if overlap is not None and overlap.index == index else 0
 
     def _begin(self, run: list[Node]) -> int:
         """Lease what can be reached, start the rest; returns how many chunks there is room for."""
         for index, node in enumerate(run):
             replica = self._reachable(node)
             if replica is not None:
-                self._leases.add_read(self._lease, index, replica)
+                self._take(index, replica, replica.tier)
         for index, node in enumerate(run):
             if index in self._lease.replicas:
                 continue
@@ -83,25 +98,20 @@ class Loading:
         return len(run)
 
     def _reachable(self, node: Node) -> Replica | None:
-        counters = self._placement.counters
         replica = node.ready(TierId.GPU) if self._raisings is not None else None
-        if replica is not None:
-            counters.load_vram_hits += 1
-            return replica
-        replica = node.ready(TierId.CPU)
-        if replica is not None:
-            counters.load_ram_hits += 1
-        return replica
+        return replica or node.ready(TierId.CPU)
+
+    def _take(self, index: int, replica: Replica, source: TierId) -> None:
+        """Lease a chunk that was found in a tier, and count it, unless no key asked for it."""
+        self._leases.add_read(self._lease, index, replica)
+        if self.overlap is None or index < self.overlap.index:
+            self._placement.counters.add_hit(_HITS[source])
 
     def _land(self, index: int, promotion: Promotion, outcome: "asyncio.Future[Outcome]") -> None:
         # Runs right after the promotion's own commit, before anything could evict the chunk.
         replica = promotion.target.node.ready(TierId.CPU)
         if outcome.result() is Outcome.HIT and replica is not None and not self._lease.ended:
-            self._leases.add_read(self._lease, index, replica)
-            if promotion.source.tier is TierId.DISK:
-                self._placement.counters.load_disk_hits += 1
-            else:
-                self._placement.counters.load_vram_hits += 1
+            self._take(index, replica, promotion.source.tier)
 
     def _landed_from(self, start: int) -> Landed:
         chunks = []

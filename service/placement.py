@@ -1,27 +1,41 @@
 """Where chunks go: the one place that decides what is written, kept, promoted and given up.
 
-after a commit   RAM has it; it is written to disk behind
-on a hit         it becomes the most recent of its path; from disk, it is promoted to RAM, and from
-                 RAM to VRAM, where there is some and the engine that asked can reach it
+after a commit   RAM has it; when it is written to disk is `demotion.py`'s affair
+on a hit         the policies are told; from disk, it is promoted to RAM, and from RAM to VRAM,
+                 where there is some and the engine that asked can reach it
 on pressure      a tier drops the policy's first victim that no lease holds and no chunk hangs on;
-                 copies in other tiers stay. What VRAM alone has is brought down to RAM first
+                 copies in other tiers stay. What VRAM alone has is brought down to RAM first, and
+                 what the disk is still to have goes last
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
+from kvtier.chunks import ChunkKey
 from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
-from kvtier.service.history import History, Loss, LossRecord
+from kvtier.service.history import History, Loss, Why
+from kvtier.service.shares import Shares
 from kvtier.service.vram import Vram
 from kvtier.tiers.arena import Arena, Slab, Slot, slot_bytes_of
-from kvtier.tiers.base import Store
-from kvtier.tiers.index import Index, Node, Replica, State, TierId
-from kvtier.tiers.policies.lru import Lru
+from kvtier.tiers.base import Coming, Policy, Store
+from kvtier.tiers.index import Index
+from kvtier.tiers.tree import Branch, Node, Replica, State, Tenant, TierId
 
 # What VRAM alone has is brought down so many chunks at a time, while room is looked for.
 _MOST_LONELY = 8
+# Victims passed over because the disk is still to have them, while room is looked for.
+_MOST_UNSAVED = 32
+
+
+class Refusal(Enum):
+    """Why a chunk gets no room."""
+
+    NO_ROOM = "no room"  # everything else is leased
+    NOT_WORTH = "not worth"  # the policy values everything else higher
+    QUOTA = "quota"  # its tenant holds all it may
 
 
 @dataclass(slots=True, eq=False)
@@ -39,54 +53,112 @@ class Memory:
         return self.region.view[slot.offset : slot.offset + slot.nbytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """The tiers that there are."""
+
+    memory: Memory
+    store: Store | None = None
+    vram: Vram | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the configuration says of placement; `quota_percent` is of each tier, per tenant."""
+
+    make_policy: Callable[[TierId], Policy[Replica]]
+    quota_percent: dict[TierId, int] = field(default_factory=lambda: dict.fromkeys(TierId, 100))
+
+
 class Placement:
-    """Owns the index and gives tiers their room. `on_commit` is told of chunks new in RAM,
-    `on_lonely` of a chunk that VRAM would give up if another tier had it."""
+    """Owns the index and gives tiers their room. `on_asked` is told of requests, `on_commit` of
+    chunks new in RAM, `on_hit` of held ones that are asked for, `on_lonely` of a chunk that VRAM
+    would give up if another tier had it. `is_unsaved` says whether the disk is still to have a
+    chunk of RAM. `make_way` gives up what nobody waits for on its way to RAM. `on_stored` is told
+    of chunks that a client committed, `on_gone` of one that no tier has any more. `before_room` is
+    called before room is looked for."""
 
     def __init__(
         self,
-        memory: Memory,
-        store: Store | None,
+        tiers: Tiers,
         history: History,
         counters: Counters,
+        rules: Rules,
         clock: Callable[[], float] = time.time,
-        vram: Vram | None = None,
     ) -> None:
+        memory, vram, store = tiers.memory, tiers.vram, tiers.store
         self.memory = memory
         self.vram = vram
         self.store = store
         self.counters = counters
         self.clock = clock
         self.history = history
-        policies = {tier: Lru[Node]() for tier in TierId}
-        self.index = Index(policies, self._release)
+        capacity = {TierId.CPU: memory.arena.nbytes}
+        if vram is not None:
+            capacity[TierId.GPU] = vram.arena.nbytes
+        if store is not None:
+            capacity[TierId.DISK] = store.capacity_bytes
+        self.index = Index(rules.make_policy, self._release, sorted(capacity))
+        self.shares = Shares(self.index, capacity, rules.quota_percent, clock)
         self._residents: dict[Slab, dict[Replica, None]] = {}
-        self.on_commit: Callable[[Iterable[Node]], None] = lambda nodes: None
+        self.on_asked: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[Sequence[Node]], None] = lambda nodes: None
+        self.on_hit: Callable[[Sequence[Node]], None] = lambda nodes: None
         self.on_lonely: Callable[[Node], object] = lambda node: None
+        self.is_unsaved: Callable[[Replica], bool] = lambda replica: False
+        self.make_way: Callable[[TierId, Refusal, Tenant], bool] = lambda *refused: False
+        self.before_room: Callable[[], None] = lambda: None
+        self.on_stored: Callable[[Sequence[Node]], None] = lambda nodes: None
+        self.on_gone: Callable[[Node, Loss], None] = lambda node, loss: None
 
     # ── after a commit, on a hit ──────────────────────────────────────────────────────────────────
 
     def committed(self, nodes: list[Node]) -> None:
         """Chunks of one prefix were committed to RAM, in prompt order."""
         if nodes:
-            self.index.touch(nodes[-1].path())
+            self.on_stored(nodes)
             self.on_commit(nodes)
 
-    def hit(self, run: list[Node]) -> None:
-        """Held chunks of one prefix are asked for, in prompt order."""
+    def asked(
+        self, branch: Branch, path: list[Node], run: list[Node], keys: Sequence[ChunkKey]
+    ) -> None:
+        """A prefix is asked for, in prompt order; `run` are the chunks of it that are held, `path`
+        the same from the root on."""
+        self.index.ask(branch, path, keys[len(run) :], self.clock())
+        self.on_asked()
         if run:
-            self.index.touch(run[-1].path())
+            self.on_hit(run)
+
+    def hinted(self, path: list[Node], label: int) -> None:
+        """The engine says something of held chunks that it has just used, from the root on."""
+        self.index.hint(path, label, self.clock())
+
+    def coming(self, tier: TierId, nodes: Sequence[Node]) -> list[Coming]:
+        """What a tier's policy takes chunks to be that another one holds, each the parent of the
+        next."""
+        first = nodes[0]
+        keys = [node.key for node in nodes]
+        return self.index.arrival(first.branch, tier, first.parent, keys, self.clock())
 
     # ── RAM and VRAM ──────────────────────────────────────────────────────────────────────────────
 
     def begin_in(
-        self, tier: TierId, nbytes: int, begin: Callable[[Slot], Replica]
-    ) -> Replica | None:
-        """Enter a replica in a slot of an arena, making room as needed; None when nothing more may
-        go."""
-        slot = self._room(tier, nbytes)
-        if slot is None:
-            return None
+        self,
+        tier: TierId,
+        branch: Branch,
+        begin: Callable[[Slot], Replica],
+        coming: Coming | None,
+        *,
+        ahead: bool = False,
+    ) -> Replica | Refusal:
+        """Enter a replica in a slot of an arena, making room as needed. With `coming`, only where
+        it is worth more than what goes for it; `ahead`: nothing that is on its way makes way for
+        it."""
+        slot = self._room(tier, branch, coming)
+        if isinstance(slot, Refusal) and not ahead and self.make_way(tier, slot, branch.tenant):
+            slot = self._room(tier, branch, coming)
+        if isinstance(slot, Refusal):
+            return slot
         replica = begin(slot)
         self._residents.setdefault(slot.slab, {})[replica] = None
         return replica
@@ -97,31 +169,72 @@ class Placement:
         assert self.vram is not None
         return self.vram.arena
 
-    def _room(self, tier: TierId, nbytes: int) -> Slot | None:
-        arena = self._arena(tier)
+    def _room(self, tier: TierId, branch: Branch, coming: Coming | None) -> Slot | Refusal:
+        self.before_room()
+        arena, nbytes = self._arena(tier), branch.nbytes
+        refusal = self._heed_quota(tier, branch, coming)
+        if refusal is not None:
+            return refusal
         slot = arena.allocate(nbytes)
-        if slot is not None or not arena.could_fit(nbytes):
-            return slot
+        if slot is None and arena.could_fit(nbytes):
+            return self._make_room(tier, branch, coming)
+        return slot if slot is not None else Refusal.NO_ROOM
+
+    def _make_room(self, tier: TierId, branch: Branch, coming: Coming | None) -> Slot | Refusal:
+        arena, slot_bytes = self._arena(tier), slot_bytes_of(branch.nbytes)
         stuck: set[Slab] = set()
-        for victim in self._victims(tier):
+        for victim in self._victims(tier, branch.tenant):
             slab = victim.slot.slab
             if slab in stuck:
                 continue
-            if slab.slot_bytes == slot_bytes_of(nbytes):
-                self.evict(victim)
+            if not self._is_worth(coming, branch, victim):
+                return Refusal.NOT_WORTH
+            if slab.slot_bytes == slot_bytes:
+                self.evict(victim, self._why(branch, victim))
             elif not self._empty_slab(slab, tier):
                 stuck.add(slab)
                 continue
-            slot = arena.allocate(nbytes)
+            slot = arena.allocate(branch.nbytes)
             if slot is not None:
                 return slot
-        return None
+        return Refusal.NO_ROOM
 
-    def _victims(self, tier: TierId) -> Iterator[Replica]:
-        """What a tier may give up; VRAM only what another tier has as well."""
+    def _heed_quota(self, tier: TierId, branch: Branch, coming: Coming | None) -> Refusal | None:
+        """Evict a tenant's own chunks until it may hold one more; None when it may."""
+        tenant = branch.tenant
+        if self.shares.within_quota(tenant, tier, branch.nbytes):
+            return None
+        for victim in self.index.victims(tenant, tier, self.clock()):
+            if not self._is_worth(coming, branch, victim):
+                return Refusal.QUOTA
+            self.evict(victim, Why.OWN_QUOTA)
+            if self.shares.within_quota(tenant, tier, branch.nbytes):
+                return None
+        return Refusal.QUOTA
+
+    def _is_worth(self, coming: Coming | None, branch: Branch, victim: Replica) -> bool:
+        """Whether a victim may go: worth is compared within a tenant; between tenants their shares
+        decide."""
+        tenant = branch.tenant
+        if coming is None or victim.node.branch.tenant is not tenant:
+            return True
+        return tenant.policies[victim.tier].admits(coming, victim)
+
+    def _victims(self, tier: TierId, asker: Tenant) -> Iterator[Replica]:
+        """What a tier may give up for a chunk of the asker's."""
+        for tenant in self.shares.losers(tier, asker):
+            victims = self.index.victims(tenant, tier, self.clock())
+            if tier is TierId.GPU:
+                victims = self._doubled(victims)
+            elif tier is TierId.CPU:
+                victims = self._saved_first(tenant)
+            yield from victims
+
+    def _doubled(self, victims: Iterator[Replica]) -> Iterator[Replica]:
+        """Of VRAM's victims those that another tier has as well; others are on their way there."""
         lonely = 0
-        for victim in self.index.victims(tier):
-            if tier is not TierId.GPU or victim.node.ready_count > 1:
+        for victim in victims:
+            if victim.node.ready_count > 1:
                 yield victim
                 continue
             self.on_lonely(victim.node)
@@ -129,61 +242,105 @@ class Placement:
             if lonely == _MOST_LONELY:
                 return
 
+    def _saved_first(self, tenant: Tenant) -> Iterator[Replica]:
+        """RAM's victims; of those near the front, the ones that the disk is still to have come
+        last."""
+        passed = 0
+        for victim in self.index.victims(tenant, TierId.CPU, self.clock()):
+            if not self.is_unsaved(victim):
+                yield victim
+                continue
+            passed += 1
+            if passed == _MOST_UNSAVED:
+                break
+        yield from self.index.victims(tenant, TierId.CPU, self.clock())
+
     def _empty_slab(self, slab: Slab, tier: TierId) -> bool:
         """Move a slab to another layout by evicting all in it; False when something there is
         leased, or nowhere else."""
         doomed: dict[Replica, None] = {}
         for resident in self._residents[slab]:
             for node in resident.node.subtree():
-                replica = node.replicas[tier]
+                replica = node.replica(tier)
                 if replica is not None:
                     doomed.pop(replica, None)  # a child always comes after its parent
                     doomed[replica] = None
         if any(replica.pins or replica.state is not State.READY for replica in doomed):
             return False
         for replica in reversed(doomed):
-            if not self.index.is_evictable(replica):
+            if not replica.evictable:
                 return False  # elsewhere something hangs on it that this tier alone holds up
             if tier is TierId.GPU and replica.node.ready_count == 1:
                 return False
-            self.evict(replica)
+            self.evict(replica, Why.LAYOUT)
         return True
 
     # ── disk ──────────────────────────────────────────────────────────────────────────────────────
 
-    def room_on_disk(self, nbytes: int) -> bool:
-        """Make room for one more chunk in the store beside `nbytes` already promised to others."""
+    def room_on_disk(self, branch: Branch, nbytes: int, coming: Coming) -> Refusal | None:
+        """Make room for one more chunk in the store beside others that were promised theirs, all
+        together `nbytes`; None when there is."""
         store = self.store
         assert store is not None
         if nbytes > store.capacity_bytes:
-            return False
-        for victim in self.index.victims(TierId.DISK):
+            return Refusal.NO_ROOM
+        self.before_room()
+        refusal = self._heed_quota(TierId.DISK, branch, coming)
+        if refusal is not None or store.used_bytes + nbytes <= store.capacity_bytes:
+            return refusal
+        for victim in self._victims(TierId.DISK, branch.tenant):
+            if not self._is_worth(coming, branch, victim):
+                return Refusal.NOT_WORTH
+            self.evict(victim, self._why(branch, victim))
             if store.used_bytes + nbytes <= store.capacity_bytes:
-                return True
-            self.evict(victim)
-        return store.used_bytes + nbytes <= store.capacity_bytes
+                return None
+        return Refusal.NO_ROOM
 
     # ── giving up ─────────────────────────────────────────────────────────────────────────────────
 
-    def evict(self, replica: Replica) -> None:
+    def evict(self, replica: Replica, why: Why = Why.ROOM) -> None:
         """Drop one evictable replica because its tier needs the room."""
         node, tier = replica.node, replica.tier
         self.index.drop(replica)
         self.counters.add_evicted(tier.name.lower())
         if not node.held:
-            detail = f"the {tier.name.lower()} tier needed its room"
-            self._note(node, Loss.EVICTED, detail)
+            self._gone(node, Loss(why, tier))
 
-    def lose(self, node: Node, loss: Loss, detail: str) -> int:
+    def refused(self, branch: Branch, key: ChunkKey, why: Why) -> None:
+        """Note that a chunk was offered and not taken."""
+        self.history.note(branch.digest, key, Loss(why, TierId.CPU), self.clock())
+
+    def lose(self, node: Node, why: Why) -> int:
         """Remove a chunk and all that continues it; returns how many chunks went."""
         dropped = self.index.drop_subtree(node)
         for member in dropped:
-            cause = "" if member is node else "; it continued that chunk"
-            self._note(member, loss, detail + cause)
+            self._gone(member, Loss(why, continued=member is not node))
         return len(dropped)
 
-    def _note(self, node: Node, loss: Loss, detail: str) -> None:
-        self.history.note(node.branch.digest, node.key, LossRecord(loss, self.clock(), detail))
+    def lose_vram(self) -> int:
+        """VRAM cannot be read any more: drop all that it has. With a chunk that it alone had, all
+        that continues that goes; returns how many chunks went."""
+        index = self.index
+        branches = [index.branch(space) for space in index.spaces]
+        nodes = [node for branch in branches for node in branch.nodes.values() if node.in_gpu]
+        gone = 0
+        for node in nodes:
+            replica = node.ready(TierId.GPU)
+            if replica is None:  # it was still coming, or went with one before it
+                continue
+            if node.ready_count > 1:
+                index.withdraw(replica)
+            else:
+                gone += self.lose(node, Why.VANISHED)
+        return gone
+
+    def _gone(self, node: Node, loss: Loss) -> None:
+        self.history.note(node.branch.digest, node.key, loss, self.clock())
+        self.on_gone(node, loss)
+
+    def _why(self, branch: Branch, victim: Replica) -> Why:
+        """Why a chunk goes for one of a branch."""
+        return Why.ROOM if victim.node.branch.tenant is branch.tenant else Why.SHARE
 
     def _release(self, replica: Replica) -> None:
         if replica.tier is not TierId.DISK:

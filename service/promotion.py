@@ -1,14 +1,15 @@
-"""Disk or VRAM to RAM: one promotion per chunk, shared by everyone who waits for it."""
+"""Disk or VRAM to RAM: one promotion per chunk, shared by everyone who wants it."""
 
 from asyncio import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtier.kernels.device import Urgency
-from kvtier.service.history import Loss
-from kvtier.service.placement import Placement
+from kvtier.service.history import Why
+from kvtier.service.placement import Placement, Refusal
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Node, Replica, State, TierId
+from kvtier.tiers.tree import Node, Replica, State, Tenant, TierId
+from kvtier.transfer.bus import Haul
 from kvtier.transfer.mover import Mover, Priority, Ticket
 
 
@@ -24,16 +25,25 @@ class Copy(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Promotion:
-    """A chunk on its way into a RAM slot. `waiters` counts the loads that want it."""
+    """A chunk on its way into a RAM slot. `wanted` counts who wants it, by Priority: loads, and
+    sessions that read ahead. `kept`: placement itself wants it. `ahead`: no load has asked for the
+    chunk since its promotion began."""
 
     source: Replica
     target: Replica
     copy: Copy
-    waiters: int = 0
+    ahead: bool = False
+    kept: bool = False
+    wanted: list[int] = field(default_factory=lambda: [0] * len(Priority))
 
     @property
     def outcome(self) -> "Future[Outcome]":
         return self.copy.outcome
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether nobody waits for it."""
+        return not self.kept and not self.wanted[Priority.DEMAND]
 
 
 class Promotions:
@@ -43,45 +53,108 @@ class Promotions:
         self._placement = placement
         self._mover = mover
         self._live: dict[Node, Promotion] = {}
+        placement.on_lonely = self.bring_down
+        placement.make_way = self._make_way
 
     def join(self, node: Node, priority: Priority) -> Promotion | None:
         """Promote a chunk that is on disk or in VRAM and not in RAM, or join its promotion; None:
-        no room."""
-        promotion = self._live.get(node)
+        no room, or with PREFETCH none that it is worth. `leave` ends the interest."""
+        promotion = self._live.get(node) or self._start(node, priority)
         if promotion is None:
-            promotion = self._start(node, priority)
-        elif isinstance(promotion.copy, Ticket):
-            assert self._mover is not None
-            self._mover.raise_priority(promotion.copy, priority)
-        if promotion is not None and priority is Priority.DEMAND:
-            promotion.waiters += 1
+            return None
+        promotion.wanted[priority] += 1
+        if priority is Priority.DEMAND:
+            if promotion.ahead:
+                promotion.ahead = False
+                self._placement.counters.prefetch_used_chunks += 1
+            self._hurry(promotion)
         return promotion
 
-    def leave(self, promotion: Promotion) -> None:
-        """A load no longer waits. A promotion that nobody wants is given up if it has not
-        started."""
-        promotion.waiters -= 1
-        if promotion.waiters == 0 and not promotion.outcome.done() and promotion.copy.cancel():
-            self._finish(promotion, Outcome.FAILED)  # now, so that nobody can join what is over
+    def leave(self, promotion: Promotion, priority: Priority) -> None:
+        """One who joined no longer wants it. A promotion that nobody wants is given up if it has
+        not started."""
+        promotion.wanted[priority] -= 1
+        if promotion.outcome.done() or promotion.kept:
+            return
+        if not any(promotion.wanted):
+            self._give_up(promotion)
+        elif promotion.is_guess and isinstance(promotion.copy, Ticket):
+            assert self._mover is not None
+            self._mover.prioritise(promotion.copy, Priority.PREFETCH)
 
-    def _start(self, node: Node, priority: Priority) -> Promotion | None:
+    def bring_down(self, node: Node) -> None:
+        """Give a chunk that VRAM alone has a place in RAM, whatever goes for it."""
+        promotion = self._live.get(node) or self._start(node, Priority.PREFETCH, kept=True)
+        if promotion is not None:
+            promotion.kept = True
+
+    def _hurry(self, promotion: Promotion) -> None:
+        """A load waits."""
+        copy = promotion.copy
+        if isinstance(copy, Ticket):
+            assert self._mover is not None
+            self._mover.prioritise(copy, Priority.DEMAND)
+        elif isinstance(copy, Haul):
+            assert self._placement.vram is not None
+            self._placement.vram.bus.hurry(copy)
+
+    def _give_up(self, promotion: Promotion) -> bool:
+        """End a promotion that has not started; False when it has."""
+        if promotion.outcome.done() or not promotion.copy.cancel():
+            return False
+        self._placement.counters.prefetch_cancelled_chunks += promotion.ahead
+        self._finish(promotion, Outcome.FAILED)  # now, so that nobody can join what is over
+        return True
+
+    def _make_way(self, tier: TierId, refusal: Refusal, tenant: Tenant) -> bool:
+        """Give up what nobody waits for and has not started, for a chunk of a tenant that somebody
+        does wait for and that a tier refused; False where that is no help."""
+        if tier is not TierId.CPU or refusal is Refusal.NOT_WORTH:
+            return False
+        guesses = [
+            promotion
+            for node, promotion in self._live.items()
+            if promotion.is_guess and (refusal is Refusal.NO_ROOM or node.branch.tenant is tenant)
+        ]
+        return sum([self._give_up(promotion) for promotion in reversed(guesses)]) > 0
+
+    def _start(self, node: Node, priority: Priority, *, kept: bool = False) -> Promotion | None:
         source = node.ready(TierId.GPU) or node.ready(TierId.DISK)
         assert source is not None, "promotion of a chunk that no other tier holds"
-        index, nbytes = self._placement.index, node.branch.space.layout.nbytes
+        index, ahead = self._placement.index, priority is Priority.PREFETCH and not kept
         index.pin(source)
-        target = self._placement.begin_in(
-            TierId.CPU, nbytes, lambda slot: index.begin_copy(node, TierId.CPU, slot)
-        )
-        if target is None:
+        target = self._begin_target(node, ahead=ahead)
+        if isinstance(target, Refusal):
             index.unpin(source)
             return None
-        copy = self._begin(source, target, priority)
-        promotion = self._live[node] = Promotion(source, target, copy)
+        copy = self._begin_copy(source, target, priority)
+        promotion = self._live[node] = Promotion(source, target, copy, ahead)
+        self._placement.counters.prefetched_chunks += ahead
         # Added first, so it runs before anyone who awaits the outcome.
         copy.outcome.add_done_callback(lambda done: self._finish(promotion, done.result()))
         return promotion
 
-    def _begin(self, source: Replica, target: Replica, priority: Priority) -> Copy:
+    def _begin_target(self, node: Node, *, ahead: bool) -> Replica | Refusal:
+        """A slot of RAM: what is read ahead gets one only where it is worth more than what goes for
+        it, and nothing that is on its way makes way for it."""
+        placement, index = self._placement, self._placement.index
+        [coming] = placement.coming(TierId.CPU, [node])
+        above = node.parent.ready(TierId.CPU) if ahead and node.parent is not None else None
+        if above is not None:
+            index.pin(above)  # the room must not be its own parent's
+        try:
+            return placement.begin_in(
+                TierId.CPU,
+                node.branch,
+                lambda slot: index.begin(node, TierId.CPU, slot, coming),
+                coming if ahead else None,
+                ahead=ahead,
+            )
+        finally:
+            if above is not None:
+                index.unpin(above)
+
+    def _begin_copy(self, source: Replica, target: Replica, priority: Priority) -> Copy:
         if source.tier is TierId.DISK:
             assert self._mover is not None, "a chunk on disk without a disk tier"
             into = self._placement.memory.view(target.slot)
@@ -108,14 +181,14 @@ class Promotions:
             index.abort(promotion.target)
         if outcome is Outcome.CORRUPT:
             counters.corrupt_chunks += 1
-            self._placement.lose(node, Loss.CORRUPT, "its checksum on disk was wrong")
+            self._placement.lose(node, Why.CHECKSUM)
         elif outcome is Outcome.MISS:
-            self._placement.lose(node, Loss.CORRUPT, "the disk tier no longer had it")
+            self._placement.lose(node, Why.VANISHED)
         index.unpin(promotion.source)
         if outcome is Outcome.FAILED and promotion.source.tier is TierId.GPU:
             self._do_without(promotion.source)
 
     def _do_without(self, source: Replica) -> None:
         """Where another tier has what VRAM could not give, the next load is to ask that one."""
-        if source.node.ready_count > 1 and self._placement.index.is_evictable(source):
+        if source.node.ready_count > 1 and source.evictable:
             self._placement.evict(source)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from functools import partial
 
 from kvtier.kernels.device import Urgency
-from kvtier.service.placement import Placement
+from kvtier.service.placement import Placement, Refusal
 from kvtier.service.vram import Vram
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Node, Replica, State, TierId
+from kvtier.tiers.tree import Node, Replica, State, TierId
 
 # One part in so many of the tier's bytes: more at once would push out what was raised just before.
 _UNDER_WAY_SHARE = 2
@@ -25,30 +25,36 @@ class Raisings:
 
     def raise_up(self, nodes: Iterable[Node]) -> None:
         """Start raising chunks of one prefix, in prompt order, as far as there is room."""
+        if self._vram.lost:
+            return
         for node in nodes:
-            if node.replicas[TierId.GPU] is not None:
+            if node.in_gpu is not None:
                 continue
             source = node.ready(TierId.CPU)
             if source is None or not self._start(node, source):
                 return
 
     def _start(self, node: Node, source: Replica) -> bool:
-        placement, nbytes = self._placement, node.branch.space.layout.nbytes
+        placement, nbytes = self._placement, node.branch.nbytes
         if (self.under_way_bytes + nbytes) * _UNDER_WAY_SHARE > self._vram.arena.nbytes:
             return False
         index = placement.index
         above = node.parent.ready(TierId.GPU) if node.parent is not None else None
+        [coming] = placement.coming(TierId.GPU, [node])
         index.pin(source)  # now: the room may cost RAM, for what VRAM alone has is brought down
         if above is not None:
             index.pin(above)  # the room must not be its own parent's
         try:
             target = placement.begin_in(
-                TierId.GPU, nbytes, lambda slot: index.begin_copy(node, TierId.GPU, slot)
+                TierId.GPU,
+                node.branch,
+                lambda slot: index.begin(node, TierId.GPU, slot, coming),
+                coming,
             )
         finally:
             if above is not None:
                 index.unpin(above)
-        if target is None:
+        if isinstance(target, Refusal):
             index.unpin(source)
             return False
         self.under_way_bytes += nbytes
@@ -61,7 +67,8 @@ class Raisings:
     def _finish(self, source: Replica, target: Replica, outcome: "asyncio.Future[Outcome]") -> None:
         index = self._placement.index
         self.under_way_bytes -= source.slot.nbytes
-        evicted = source.state is not State.READY  # meanwhile: it must not come back
+        # Meanwhile: it must not come back.
+        evicted = source.state is not State.READY or self._vram.lost
         arrived = not outcome.cancelled() and outcome.result() is Outcome.HIT
         if arrived and not evicted and index.commit(target):
             self._placement.counters.raised_chunks += 1

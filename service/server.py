@@ -128,7 +128,7 @@ async def _start(
     )
     health = aio_health.HealthServicer()
     add_HealthServicer_to_server(health, server)
-    servicer = Servicer(core.cache, core.explainer)
+    servicer = Servicer(core.cache, core.explainer, core.curves)
     server.add_generic_rpc_handlers((inline_handlers(servicer),))
     add_CacheServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)

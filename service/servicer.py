@@ -14,11 +14,25 @@ from kvtier.proto import cache_pb2 as pb
 from kvtier.proto.cache_pb2_grpc import CacheServicer
 from kvtier.service.answers import CommitOutcome, LoadStop
 from kvtier.service.cache import Cache
-from kvtier.service.convert import client_of, deadline_of, keys_of, parent_of, space_of
+from kvtier.service.convert import (
+    client_of,
+    deadline_of,
+    hints_of,
+    keys_of,
+    offered_of,
+    parent_of,
+    pinned_to,
+    pins_to,
+    space_of,
+    terms_of,
+)
 from kvtier.service.explain import Explainer
+from kvtier.service.hints import Hints
 from kvtier.service.leases import Lease
+from kvtier.service.overlaps import Offered
 from kvtier.service.sessions import Session
-from kvtier.tiers.index import TierId
+from kvtier.tiers.curve_tenants import Curves
+from kvtier.tiers.tree import TierId
 from kvtier.transfer.paths import inline
 from kvtier.version import __version__
 
@@ -29,14 +43,16 @@ _OWN_LEASES = 1 << 64
 # Messages with a piece are read and written by hand, see `transfer/paths/inline.py`.
 PutMessage: TypeAlias = inline.Piece | pb.PutRequest
 GetMessage: TypeAlias = inline.Piece | pb.GetResponse
+Hinted: TypeAlias = pb.LookupRequest | pb.LoadRequest | pb.GetRequest | pb.ReserveRequest
 
 
 class Servicer(CacheServicer):
     """Speaks kvtier.v1 for one cache."""
 
-    def __init__(self, cache: Cache, explainer: Explainer) -> None:
+    def __init__(self, cache: Cache, explainer: Explainer, curves: Curves) -> None:
         self._cache = cache
         self._explainer = explainer
+        self._curves = curves
         self._started_s = time.monotonic()
         self._own_leases = count(_OWN_LEASES)
 
@@ -46,7 +62,7 @@ class Servicer(CacheServicer):
         self, request: pb.OpenSessionRequest, context: Context
     ) -> AsyncIterator[pb.SessionEvent]:
         vram = self._cache.placement.vram
-        usable = _PATHS if vram is None else (*_PATHS, pb.DATA_PATH_CUDA_IPC)
+        usable = _PATHS if vram is None or vram.lost else (*_PATHS, pb.DATA_PATH_CUDA_IPC)
         path = next((path for path in request.paths if path in usable), None)
         if path is None:
             raise InvalidRequest("paths: none usable; offer DATA_PATH_SHM or DATA_PATH_INLINE")
@@ -79,6 +95,7 @@ class Servicer(CacheServicer):
             max_keys=self._cache.rules.limits.keys_per_request,
             max_write_lease_bytes=self._cache.write_lease_limit,
             server_version=__version__,
+            max_token_bytes=self._cache.overlaps.max_token_bytes,
             vram=(
                 pb.VramArena(handle=vram.handle, nbytes=vram.region.nbytes)
                 if vram is not None and session.in_vram
@@ -90,17 +107,24 @@ class Servicer(CacheServicer):
 
     async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         session, keys = self._session_and_keys(request.session_id, request.keys)
-        held, in_ram = self._cache.lookup(session, keys)
+        held, in_ram = self._cache.lookup(session, keys, self._hints(request))
         return pb.LookupResponse(held=held, in_ram=in_ram)
 
     async def Load(
         self, request: pb.LoadRequest, context: Context
     ) -> AsyncIterator[pb.LoadResponse]:
         session, keys = self._session_and_keys(request.session_id, request.keys)
+        offered = _offered(request, session, len(keys))
         lease = self._cache.open_read(session, request.lease_id)
         deadline_s = deadline_of(request.deadline_ms)
         chunks, loading = self._cache.load(
-            session, lease, keys, deadline_s, in_vram=request.in_vram
+            session,
+            lease,
+            keys,
+            deadline_s,
+            hints=self._hints(request),
+            in_vram=request.in_vram,
+            offered=offered,
         )
         brought = 0
         async for landed in chunks:
@@ -111,6 +135,7 @@ class Servicer(CacheServicer):
                         index=index,
                         offset=replica.slot.offset,
                         in_vram=replica.tier is TierId.GPU,
+                        tokens=loading.overlapping(index),
                     )
                     for index, replica in landed.chunks
                 ]
@@ -121,14 +146,20 @@ class Servicer(CacheServicer):
         self, request: pb.GetRequest, context: Context
     ) -> AsyncIterator[GetMessage]:
         session, keys = self._session_and_keys(request.session_id, request.keys)
+        offered = _offered(request, session, len(keys))
         lease = self._cache.open_read(session, next(self._own_leases))
         view = self._cache.placement.memory.view
         try:
             deadline_s = deadline_of(request.deadline_ms)
-            chunks, loading = self._cache.load(session, lease, keys, deadline_s)
+            hints = self._hints(request)
+            chunks, loading = self._cache.load(
+                session, lease, keys, deadline_s, hints=hints, offered=offered
+            )
             brought = 0
             async for landed in chunks:
                 for index, replica in landed.chunks:
+                    if overlapping := loading.overlapping(index):
+                        yield pb.GetResponse(tokens=overlapping)
                     for piece in _pieces(lease, index, view(replica.slot)):
                         yield piece
                     brought += 1
@@ -143,6 +174,8 @@ class Servicer(CacheServicer):
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
         session, keys = self._session_and_keys(request.session_id, request.keys)
+        if request.cancel:
+            return pb.PrefetchResponse(promoting=self._cache.cancel_prefetch(session, keys))
         in_ram, promoting = self._cache.prefetch(session, keys)
         return pb.PrefetchResponse(in_ram=in_ram, promoting=promoting)
 
@@ -151,7 +184,12 @@ class Servicer(CacheServicer):
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
         session, keys = self._session_and_keys(request.session_id, request.keys)
         parent = parent_of(request.parent)
-        answers = self._cache.reserve(session, request.lease_id, keys, parent)
+        layout = session.branch.space.layout
+        offered = offered_of(request.tokens, request.parent, len(keys), layout.tokens)
+        hints = self._hints(request)
+        answers = self._cache.reserve(session, request.lease_id, keys, parent, hints)
+        if offered is not None:
+            self._cache.learn(session, keys, offered)
         return pb.ReserveResponse(
             chunks=[
                 pb.ReservedChunk(
@@ -229,6 +267,17 @@ class Servicer(CacheServicer):
         chunks = self._cache.evict(session, keys, whole_space=request.whole_space)
         return pb.EvictResponse(chunks=chunks)
 
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        session, keys = self._session_and_keys(request.session_id, request.keys)
+        return pinned_to(self._cache.pin(session, keys, terms_of(request)))
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        self._cache.pins.unpin(self._session(request.session_id), request.pin_id)
+        return pb.UnpinResponse()
+
+    async def ListPins(self, request: pb.ListPinsRequest, context: Context) -> pb.ListPinsResponse:
+        return pins_to(self._cache.pins.listed(self._session(request.session_id)))
+
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
         return pb.StatsResponse(
             version=__version__,
@@ -264,6 +313,30 @@ class Servicer(CacheServicer):
             ]
         )
 
+    async def Curve(self, request: pb.CurveRequest, context: Context) -> pb.CurveResponse:
+        readings = self._curves.read()
+        return pb.CurveResponse(
+            curves=[
+                pb.HitCurve(
+                    all_tenants=reading.tenant is None,
+                    tenant=reading.tenant or "",
+                    tier=reading.tier,
+                    capacity_bytes=reading.capacity_bytes,
+                    points=[
+                        pb.CurvePoint(
+                            capacity_bytes=point.capacity_bytes, hit_percent=point.hit_percent
+                        )
+                        for point in reading.points
+                    ],
+                    rate=reading.rate,
+                    requests=reading.requests,
+                    sampled_chunks=reading.sampled_chunks,
+                    seen_bytes=reading.seen_bytes,
+                )
+                for reading in readings
+            ]
+        )
+
     # ── shared ────────────────────────────────────────────────────────────────────────────────────
 
     def _session(self, session_id: bytes) -> Session:
@@ -272,6 +345,9 @@ class Servicer(CacheServicer):
     def _session_and_keys(self, session_id: bytes, packed: bytes) -> tuple[Session, list[ChunkKey]]:
         session = self._session(session_id)
         return session, keys_of(packed, self._cache.rules.limits.keys_per_request)
+
+    def _hints(self, request: Hinted) -> Hints:
+        return hints_of(request.hints, self._cache.placement.counters)
 
 
 def inline_handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
@@ -296,6 +372,14 @@ def _pieces(lease: Lease, index: int, chunk: memoryview) -> Iterator[inline.Piec
         if lease.ended:  # the session ended between two messages: the slot is no longer ours
             raise InvalidRequest("session_id: the session ended during the call")
         yield piece
+
+
+def _offered(
+    request: pb.LoadRequest | pb.GetRequest, session: Session, keys: int
+) -> Offered | None:
+    """The tokens of a prompt that is asked for, of one chunk more than it has keys."""
+    layout = session.branch.space.layout
+    return offered_of(request.tokens, request.tokens.parent, keys + 1, layout.tokens)
 
 
 def _end(stop: LoadStop, chunks: int) -> pb.LoadEnd:

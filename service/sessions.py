@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kvtier.errors import LimitReached, SessionEnded
 from kvtier.service.leases import Leases
-from kvtier.tiers.index import Branch, Index
+from kvtier.tiers.index import Index
+from kvtier.tiers.tree import Branch
 from kvtier.transfer.paths.shm import Tether
 
 SESSION_ID_BYTES = 16
@@ -49,6 +50,10 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def __contains__(self, session: Session) -> bool:
+        """Whether a session is open."""
+        return session.id in self._sessions
 
     @property
     def leases(self) -> int:
@@ -100,6 +105,13 @@ class Sessions:
         self._lingering[session.id] = session
         if self._reaper is None or self._reaper.done():
             self._reaper = asyncio.create_task(self._reap(), name="kvtier-reaper")
+
+    def end_in_vram(self) -> None:
+        """End the sessions that reach VRAM: what they read there may not be right any more, and
+        releasing it is to say so."""
+        for session in [each for each in self._sessions.values() if each.in_vram]:
+            session.closing.set()
+            self.end(session)
 
     def announce_stop(self) -> None:
         """Ask every client to go."""

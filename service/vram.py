@@ -27,6 +27,11 @@ class Vram:
         self.handle = self.device.export(self.region)
         assert len(self.handle) == HANDLE_BYTES
 
+    @property
+    def lost(self) -> bool:
+        """Whether the device is at fault: nothing can be read or written any more."""
+        return self.bus.fault is not None
+
     def span(self, slot: Slot) -> Span:
         """A slot of this tier."""
         return self.region.span(slot.offset, slot.nbytes)
@@ -41,6 +46,7 @@ class Vram:
         for region in (self.ram, self.region):
             try:
                 self.device.release(region)
-            except DeviceError as error:  # a device at fault: its memory goes with the process
-                logger.warning("gpu: %s", error)
+            except DeviceError as error:
+                if not self.lost:  # else its memory goes with the process
+                    logger.warning("gpu: %s", error)
         self.device.close()

@@ -1,21 +1,32 @@
-"""RAM to disk, behind the clients' backs: what was committed is written in groups, oldest first."""
+"""RAM to disk, behind the clients' backs: chunks are written in groups, in the order they came."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
+from kvtier.service.demotion import Cause
 from kvtier.service.placement import Placement
-from kvtier.tiers.base import ChunkMeta, Record, StoreJob
-from kvtier.tiers.index import Node, Replica, State, TierId
+from kvtier.tiers.base import ChunkMeta, Coming, Record, StoreJob
+from kvtier.tiers.tree import Node, Replica, State, TierId
 from kvtier.transfer.mover import Mover
 
 # In one transaction: preparing it must not hold the loop up, however small chunks are.
 _MOST_CHUNKS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """A chunk on its way from RAM to a begun disk replica."""
+
+    source: Replica
+    target: Replica
+    cause: Cause
+
+
 class WriteBehind:
-    """Chunks that RAM holds and disk does not yet. They cost no memory of their own: one that RAM
+    """Chunks that RAM holds and the disk is to have. They cost no memory of their own: one that RAM
     must give up before its turn is simply not written."""
 
     def __init__(
@@ -26,7 +37,7 @@ class WriteBehind:
         self._commit_bytes = commit_bytes
         self._interval_s = commit_interval_s
         # Not a plain dict: one that is emptied from the front is scanned over its dead entries.
-        self._dirty: OrderedDict[Node, None] = OrderedDict()
+        self._dirty: OrderedDict[Node, Cause] = OrderedDict()
         self._dirty_bytes = 0
         self._some = asyncio.Event()
         self._full = asyncio.Event()
@@ -39,12 +50,12 @@ class WriteBehind:
         """Start writing; needs the running loop."""
         self._task = asyncio.create_task(self._run(), name="kvtier-write-behind")
 
-    def add(self, nodes: Iterable[Node]) -> None:
-        """Note chunks new in RAM, parents before their children."""
+    def add(self, nodes: Iterable[Node], cause: Cause) -> None:
+        """Note chunks that the disk is to have, parents before their children."""
         for node in nodes:
-            if node.replicas[TierId.DISK] is None and node not in self._dirty:
-                self._dirty[node] = None
-                self._dirty_bytes += node.branch.space.layout.nbytes
+            if node.in_disk is None and node not in self._dirty:
+                self._dirty[node] = cause
+                self._dirty_bytes += node.branch.nbytes
         if self._dirty:
             self._clean.clear()
             self._some.set()
@@ -82,34 +93,62 @@ class WriteBehind:
                 self._full.clear()
                 self._clean.set()
 
-    def _take(self) -> list[tuple[Replica, Replica]]:
-        """The next group, as (RAM replica, begun disk replica); room for it is made."""
-        batch: list[tuple[Replica, Replica]] = []
-        placement = self._placement
-        store = placement.store
-        assert store is not None
-        promised = 0
-        taken = 0
+    def _take(self) -> list[_Write]:
+        """The next group; room for it is made."""
+        batch: list[_Write] = []
+        taken = promised = 0
         while self._dirty and taken < self._commit_bytes and len(batch) < _MOST_CHUNKS:
-            node, _ = self._dirty.popitem(last=False)
-            nbytes = node.branch.space.layout.nbytes
-            self._dirty_bytes -= nbytes
-            source = self._writable(node)
-            if source is None:
-                continue
-            placement.index.pin(source)  # making room must not take it
-            promised += store.worst_bytes(nbytes)
-            if not placement.room_on_disk(promised):
-                promised -= store.worst_bytes(nbytes)
-                placement.counters.disk_skipped_chunks += 1
-                placement.index.unpin(source)
-                continue
-            target = placement.index.begin_copy(node, TierId.DISK, None)
-            batch.append((source, target))
-            taken += nbytes
+            causes = self._pop_run()
+            run = list(causes)
+            for node, coming in zip(run, self._placement.coming(TierId.DISK, run), strict=True):
+                write = self._begin(node, coming, causes[node], promised)
+                if write is not None:
+                    batch.append(write)
+                    taken += node.branch.nbytes
+                    promised += self._worst_bytes(node)
         if not self._enough:
             self._full.clear()
         return batch
+
+    def _pop_run(self) -> dict[Node, Cause]:
+        """Chunks from the front, each the parent of the next."""
+        run: dict[Node, Cause] = {}
+        nbytes = 0
+        last: Node | None = None
+        while self._dirty and nbytes < self._commit_bytes and len(run) < _MOST_CHUNKS:
+            node = next(iter(self._dirty))
+            if last is not None and node.parent is not last:
+                break
+            run[node] = self._dirty.pop(node)
+            nbytes += node.branch.nbytes
+            last = node
+        self._dirty_bytes -= nbytes
+        return run
+
+    def _begin(self, node: Node, coming: Coming, cause: Cause, promised: int) -> _Write | None:
+        """Begin a chunk's disk replica where there is room for it beside what was promised."""
+        placement = self._placement
+        source = self._writable(node)
+        if source is None:
+            return None
+        placement.index.pin(source)  # making room must not take it
+        above = node.parent.ready(TierId.DISK) if node.parent is not None else None
+        if above is not None:
+            placement.index.pin(above)  # nor what it continues
+        nbytes = promised + self._worst_bytes(node)
+        refusal = placement.room_on_disk(node.branch, nbytes, coming)
+        if above is not None:
+            placement.index.unpin(above)
+        if refusal is not None:
+            placement.counters.disk_skipped_chunks += 1
+            placement.index.unpin(source)
+            return None
+        return _Write(source, placement.index.begin(node, TierId.DISK, None, coming), cause)
+
+    def _worst_bytes(self, node: Node) -> int:
+        store = self._placement.store
+        assert store is not None
+        return store.worst_bytes(node.branch.nbytes)
 
     @property
     def _enough(self) -> bool:
@@ -119,37 +158,38 @@ class WriteBehind:
     def _writable(self, node: Node) -> Replica | None:
         """Its RAM replica, if it should still be written: a child is of no use without its
         parent."""
-        if node.replicas[TierId.DISK] is not None:
+        if node.in_disk is not None:
             return None
-        if node.parent is not None and node.parent.replicas[TierId.DISK] is None:
+        if node.parent is not None and node.parent.in_disk is None:
             self._placement.counters.disk_skipped_chunks += 1
             return None
         return node.ready(TierId.CPU)
 
-    async def _write(self, batch: list[tuple[Replica, Replica]]) -> None:
+    async def _write(self, batch: list[_Write]) -> None:
         memory = self._placement.memory
         jobs = [
             StoreJob(
                 ChunkMeta(node.key, node.parent_key, node.branch.space, node.created_s),
-                memory.view(source.slot),
+                memory.view(write.source.slot),
             )
-            for source, _ in batch
-            for node in [source.node]
+            for write in batch
+            for node in [write.source.node]
         ]
         records: list[Record | None] = [None] * len(batch)
         try:
             records = await self._mover.store(jobs)
         finally:
-            for (source, target), record in zip(batch, records, strict=True):
-                self._finish(source, target, record)
+            for write, record in zip(batch, records, strict=True):
+                self._finish(write, record)
 
-    def _finish(self, source: Replica, target: Replica, record: Record | None) -> None:
+    def _finish(self, write: _Write, record: Record | None) -> None:
         index, counters = self._placement.index, self._placement.counters
-        target.place = record
-        evicted = source.state is not State.READY  # meanwhile, by a client's wish or its age
-        if record is not None and not evicted and index.commit(target):
-            counters.disk_written_chunks += 1
+        write.target.place = record
+        # Evicted meanwhile, by a client's wish or its age?
+        evicted = write.source.state is not State.READY
+        if record is not None and not evicted and index.commit(write.target):
+            counters.add_written(write.cause.value, record.stored_bytes)
         else:
-            index.abort(target)
+            index.abort(write.target)
             counters.disk_skipped_chunks += 1
-        index.unpin(source)
+        index.unpin(write.source)

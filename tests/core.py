@@ -8,24 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtier.chunks import ChunkKey, Prefix, chain, pack_tokens
-from kvtier.config import Limits
 from kvtier.kernels.device import Device, Urgency
 from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
+from kvtier.sections import Limits
 from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
-from kvtier.service.cache import Cache, Rules
+from kvtier.service.cache import Cache, Retained
+from kvtier.service.demotion import Demotion, When, Writing
 from kvtier.service.history import History
 from kvtier.service.leases import Lease
-from kvtier.service.placement import Memory, Placement
+from kvtier.service.pins import Pins
+from kvtier.service.placement import Memory, Placement, Rules, Tiers
 from kvtier.service.promotion import Promotions
 from kvtier.service.raising import Raisings
 from kvtier.service.sessions import Session, Sessions
 from kvtier.service.vram import Vram
+from kvtier.service.vram_loss import watch
 from kvtier.service.write_behind import WriteBehind
 from kvtier.spaces import Layout, Space
-from kvtier.tiers.index import Replica, TierId
+from kvtier.tiers.policies.registry import make_family
+from kvtier.tiers.tree import Replica, Tenant, TierId
 from kvtier.transfer.bus import Bus, Pacing
-from kvtier.transfer.mover import Mover, Priority
+from kvtier.transfer.mover import Mover
 from tests.fakes import MemoryStore
 
 CHUNK_TOKENS = 4
@@ -48,6 +52,7 @@ class Harness:
     write_behind: WriteBehind
     promotions: Promotions
     clock_s: list[float]
+    pin_clock_s: list[float]
     raisings: Raisings | None = None
     _lease_ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
@@ -123,13 +128,25 @@ class Harness:
     def only_on_disk(self) -> None:
         """Drop every RAM replica that may go."""
         index = self.placement.index
-        while (victim := next(index.victims(TierId.CPU), None)) is not None:
-            index.drop(victim)
+        for tenant in index.tenants:
+            while (victim := self.next_victim(tenant)) is not None:
+                index.drop(victim)
+
+    def next_victim(self, tenant: Tenant, tier: TierId = TierId.CPU) -> Replica | None:
+        """What a tenant would lose first."""
+        return next(self.placement.index.victims(tenant, tier, self.clock_s[0]), None)
 
 
 def content(key: ChunkKey) -> bytes:
     """What the tests store under a key."""
     return key * (SLOT_BYTES // len(key))
+
+
+def _open_vram(device: Device, slots: int, memory: Memory) -> Vram:
+    region = device.allocate(slots * SLOT_BYTES)
+    vram = Vram(device, region, device.register(memory.region.view), Bus(device, Pacing()))
+    vram.bus.start()
+    return vram
 
 
 @asynccontextmanager
@@ -143,30 +160,48 @@ async def harness(
     session_lease_percent: int = 100,
     device: Device | None = None,
     vram_slots: int = 16,
+    policy: str = "lru",
+    writing: Writing | None = None,
+    quota_percent: dict[TierId, int] | None = None,
+    pin_percent: int = 20,
+    read_ahead_percent: int = 25,
 ) -> AsyncIterator[Harness]:
     """A running cache with room for so many chunks in RAM and, with a device, in VRAM."""
     store = store or MemoryStore()
     limits = limits or Limits(session_lease_percent=session_lease_percent)
-    clock_s = [1000.0]
+    clock_s, pin_clock_s = [1000.0], [0.0]
     counters, history = Counters(), History(limits.history)
     memory = Memory(SharedMemory.create(directory / "test.arena", slots * SLOT_BYTES))
-    vram = None
-    if device is not None:
-        region = device.allocate(vram_slots * SLOT_BYTES)
-        vram = Vram(device, region, device.register(memory.region.view), Bus(device, Pacing()))
-        vram.bus.start()
-    placement = Placement(memory, store, history, counters, lambda: clock_s[0], vram)
+    vram = _open_vram(device, vram_slots, memory) if device is not None else None
+    families = {tier: make_family(policy) for tier in TierId}
+    rules = Rules(lambda tier: families[tier].policy(), quota_percent or dict.fromkeys(TierId, 100))
+    tiers = Tiers(memory, store, vram)
+    placement = Placement(tiers, history, counters, rules, lambda: clock_s[0])
     mover = Mover(store, loads_in_flight=2).start()
     promotions = Promotions(placement, mover)
-    placement.on_lonely = lambda node: promotions.join(node, Priority.PREFETCH)
     raisings = Raisings(placement, vram) if vram is not None else None
     write_behind = WriteBehind(placement, mover, 1 << 20, 0.001)
-    placement.on_commit = write_behind.add
+    writing = writing or Writing(When.WRITE_THROUGH)
+    demotion = Demotion(placement, writing, write_behind.add)
+    placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
+    placement.is_unsaved = demotion.is_unsaved
     write_behind.start()
     sessions = Sessions(placement.index, limits.sessions, memory.region.path, counters.add_aborted)
-    cache = Cache(placement, promotions, sessions, Rules(ttl_s, limits), raisings)
+    retained = Retained(ttl_s, limits, read_ahead_percent, writing.when.passes_through)
+    cache = Cache(
+        placement,
+        promotions,
+        sessions,
+        retained,
+        Pins(placement, pin_percent, lambda: pin_clock_s[0]),
+        raisings,
+    )
+    if vram is not None:
+        watch(vram, placement, sessions)
     try:
-        yield Harness(cache, placement, store, write_behind, promotions, clock_s, raisings)
+        yield Harness(
+            cache, placement, store, write_behind, promotions, clock_s, pin_clock_s, raisings
+        )
         placement.index.check()
     finally:
         store.gate.set()

@@ -89,6 +89,7 @@ class Sidecar:
             f"disk.directory={self.disk if disk else ''}",
             "disk.capacity=64MiB",
             "disk.commit_interval_ms=5",
+            "disk.write=write_through",
             *settings,
         ]
         self.process: subprocess.Popen[str] | None = None

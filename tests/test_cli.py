@@ -24,6 +24,18 @@ def test_version_is_the_packages(capsys: Capture) -> None:
     assert f'version = "{__version__}"' in pyproject.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "stats", "demo", "vllm", "bench"]
+    + [f"bench {name}" for name in ("transfer", "lookup", "disk", "gpu", "ttft", "trace", "index")],
+)
+def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: kvtier {command}".rstrip() in capsys.readouterr().out
+
+
 def test_the_printed_configuration_is_the_effective_one(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +89,21 @@ def test_stats_of_a_service(tmp_path: Path, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert "cpu" in printed
     assert "MiB" in printed
+
+
+def test_the_curve_of_a_service(tmp_path: Path, capsys: Capture) -> None:
+    drawn = tmp_path / "curve.svg"
+    with Sidecar(tmp_path) as sidecar:
+        assert main(["stats", "--curve", "--target", sidecar.target, "--json"]) == 0
+        curves = json.loads(capsys.readouterr().out)
+        asked = ["stats", "--curve", "--target", sidecar.target, "--plot", str(drawn)]
+        assert main(asked) == 0
+        printed = capsys.readouterr().out
+        assert main([*asked[:-1], str(tmp_path / "curve.txt")]) == 2
+    assert isinstance(curves, list)
+    assert "yet" in printed, "nobody has asked for anything"
+    assert drawn.stat().st_size > 0
+    assert "--plot" in capsys.readouterr().err
 
 
 def test_stats_needs_no_more_than_a_client(tmp_path: Path) -> None:

@@ -9,21 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.config import (
-    MAX_FILE_BYTES,
-    SCHEMA,
-    Config,
-    Cpu,
-    Disk,
-    Gpu,
-    Limits,
-    Retention,
-    Server,
-    format_bytes,
-    load,
-    parse_bytes,
-)
+from kvtier.config import MAX_FILE_BYTES, SCHEMA, Config, format_bytes, load, parse_bytes
 from kvtier.errors import ConfigError
+from kvtier.sections import Cpu, Disk, Gpu, Limits, Retention, Server
 
 MIB = 2**20
 GIB = 2**30

@@ -28,6 +28,7 @@ CHANGES: dict[str, Space] = {
     "layout.axes": replace(SPACE, layout=replace(LAYOUT, axes="plane,layer,head,token,dim")),
     "layout.rank": replace(SPACE, layout=replace(LAYOUT, rank=1)),
     "layout.ranks": replace(SPACE, layout=replace(LAYOUT, ranks=4)),
+    "layout.encoding": replace(SPACE, layout=replace(LAYOUT, encoding="kivi-int4-g32")),
 }
 
 

@@ -1,7 +1,8 @@
 """How bytes move between RAM and a store: in order of urgency, bounded, joinable and cancellable.
 
-Loads that a client waits for go first, prefetches after them, and writes behind only while no
-client waits. The mover lives on the event loop; the copies run on the store's own threads.
+Loads that a client waits for go first, prefetches after them on all lanes but one, and writes
+behind only while no client waits. The mover lives on the event loop; the copies run on the store's
+own threads.
 """
 
 import asyncio
@@ -46,6 +47,7 @@ class _Lanes:
     waiting: list[tuple[Priority, int, Ticket]] = field(default_factory=list)
     sequence: "count[int]" = field(default_factory=count)
     demand: int = 0  # DEMAND loads waiting or running
+    prefetching: int = 0  # PREFETCH loads running
 
 
 class Mover:
@@ -58,6 +60,7 @@ class Mover:
         self._calm = asyncio.Event()
         self._calm.set()
         self._limit = loads_in_flight
+        self._prefetch_limit = max(1, loads_in_flight - 1)  # a lane is free for who comes next
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> Self:
@@ -75,10 +78,13 @@ class Mover:
         self._push(ticket)
         return ticket
 
-    def raise_priority(self, ticket: Ticket, priority: Priority) -> None:
-        """Move a waiting load forward because someone more urgent joined it."""
-        if ticket.started or ticket.outcome.done() or ticket.priority <= priority:
+    def prioritise(self, ticket: Ticket, priority: Priority) -> None:
+        """Move a waiting load to where those who want it now have it."""
+        if ticket.started or ticket.outcome.done() or ticket.priority is priority:
             return
+        if ticket.priority is Priority.DEMAND:
+            ticket.outcome.remove_done_callback(self._one_demand_less)
+            self._one_demand_less(ticket.outcome)
         ticket.priority = priority
         self._push(ticket)  # its older entry is skipped when it comes up
 
@@ -116,10 +122,16 @@ class Mover:
             self._calm.set()
 
     def _pop(self) -> Ticket | None:
-        waiting = self._lanes.waiting
-        while waiting:
-            priority, _, ticket = heapq.heappop(waiting)
-            if not ticket.outcome.done() and not ticket.started and ticket.priority == priority:
+        lanes = self._lanes
+        while lanes.waiting:
+            priority, _, ticket = lanes.waiting[0]
+            stale = ticket.outcome.done() or ticket.started or ticket.priority is not priority
+            if not stale and priority is Priority.PREFETCH:
+                if lanes.prefetching == self._prefetch_limit:
+                    break
+                lanes.prefetching += 1
+            heapq.heappop(lanes.waiting)
+            if not stale:
                 return ticket
         self._work.clear()
         return None
@@ -131,11 +143,14 @@ class Mover:
             if ticket is None:
                 continue
             ticket.started = True
+            ahead = ticket.priority is Priority.PREFETCH
             outcome = Outcome.FAILED
             try:
                 outcome = await self._store.load(ticket.record, ticket.into)
             except Exception:  # a store's mistake costs this chunk, not the lane
                 logger.exception("a chunk was not read")
             finally:
+                self._lanes.prefetching -= ahead
+                self._work.set()
                 if not ticket.outcome.done():
                     ticket.outcome.set_result(outcome)

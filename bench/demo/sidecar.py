@@ -49,6 +49,7 @@ class Sidecar:
             "cpu.capacity": f"{RAM_BYTES}B",
             "cpu.directory": str(self._folders["arena"]),
             "disk.directory": str(self._folders["disk"]),
+            "disk.write": "write_through",
             "disk.capacity": f"{RAM_BYTES}B",
         }
         command = [sys.executable, "-m", "kvtier", "serve"]

@@ -47,6 +47,7 @@ def play_all(launch: Launch, workload: Workload, disk: Path, memory: Path, say: 
         "cpu.directory": str(memory),
         "disk.capacity": f"{DISK_BYTES}B",
         "disk.directory": str(disk / "store"),
+        "disk.write": "write_through",
         "server.shutdown_flush_s": str(_FLUSH_S),
     }
     say("without: vLLM alone, the reference")

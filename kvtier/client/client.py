@@ -5,18 +5,20 @@ was asked for. It raises InvalidRequest for its caller's own mistakes only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 from typing import Any, Self
 
 from google.protobuf.message import Message
 
-from kvtier.chunks import Prefix, chain, pack_tokens
+from kvtier.chunks import Prefix, chain, new_request, pack_tokens, with_text
 from kvtier.client.buffers import Buffers, Workplace
 from kvtier.client.connection import Connection
-from kvtier.client.loading import Loaded
+from kvtier.client.hints import Hints, to_hints
+from kvtier.client.loading import Loaded, Manner
 from kvtier.client.offloading import Offload
+from kvtier.client.pinning import Pinned, listed_pins, pinned_of
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.stats import ServiceStats, read_stats
 from kvtier.client.transport import SERVICE_FAILURES, GrpcTransport, Transport, grpc_target
@@ -53,6 +55,9 @@ class KeyState(Enum):
     EXPIRED = 7
     OTHER_SPACE = 8
     VRAM = 9
+    REFUSED = 10
+    QUOTA = 11
+    LOST_IN_CRASH = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +105,43 @@ class Client:
         """Whether a session is open. While it is not, operations are misses that cost nothing."""
         return self._connection.session is not None
 
-    def prefix(self, token_ids: Iterable[int], extra: bytes | Sequence[bytes] = b"") -> Prefix:
+    def prefix(
+        self,
+        token_ids: Iterable[int],
+        extra: bytes | Sequence[bytes] = b"",
+        *,
+        same_request: Prefix | None = None,
+    ) -> Prefix:
         """The keys of a prompt's full chunks.
 
         `token_ids` is the prompt from its first token. `extra` is what else decides the KV: one
-        value for all chunks, or one per chunk. Raises InvalidRequest for ids that do not fit in 32
-        bits.
+        value for all chunks, or one per chunk. Make one prefix for each request of the engine, and
+        name it as `same_request` where another one is made for the same: what is looked up, loaded
+        and offloaded for one request counts as one use. Raises InvalidRequest for ids that do not
+        fit in 32 bits.
         """
         packed = pack_tokens(token_ids)
-        return chain(self._digest, packed, self.space.layout.tokens, extra)
+        keys = chain(self._digest, packed, self.space.layout.tokens, extra)
+        request = same_request.request if same_request is not None else new_request()
+        return replace(with_text(keys, packed, extra), request=request)
 
-    def lookup(self, prefix: Prefix, deadline_s: float | None = None) -> int:
+    def lookup(
+        self, prefix: Prefix, deadline_s: float | None = None, *, hints: Hints | None = None
+    ) -> int:
         """How many leading chunks of the prefix the service holds. Leases and moves nothing."""
-        found = self.locate(prefix, deadline_s)
+        found = self.locate(prefix, deadline_s, hints=hints)
         return found.chunks if found is not None else 0
 
-    def locate(self, prefix: Prefix, deadline_s: float | None = None) -> Held | None:
+    def locate(
+        self, prefix: Prefix, deadline_s: float | None = None, *, hints: Hints | None = None
+    ) -> Held | None:
         """As `lookup`, with how much of it is in RAM; None when the service cannot be asked."""
         response: pb.LookupResponse | None = self._ask(
             "Lookup",
             lambda session: pb.LookupRequest(
-                session_id=session.id, keys=pack_keys(prefix.keys[: session.max_keys])
+                session_id=session.id,
+                keys=pack_keys(prefix.keys[: session.max_keys]),
+                hints=to_hints(prefix, hints),
             ),
             deadline_s,
         )
@@ -130,11 +151,19 @@ class Client:
         return Held(held, min(response.in_ram, held))
 
     def load(
-        self, prefix: Prefix, deadline_s: float | None = None, *, in_vram: bool = False
+        self,
+        prefix: Prefix,
+        deadline_s: float | None = None,
+        *,
+        in_vram: bool = False,
+        partial: bool = False,
+        hints: Hints | None = None,
     ) -> Loaded:
         """Bring the longest leading run of chunks that is held.
 
-        With `in_vram`, a client with a device takes chunks that are in VRAM where they are.
+        With `in_vram`, a client with a device takes chunks that are in VRAM where they are. With
+        `partial`, the last chunk may be another one that the prompt leaves half-way: its first
+        `tokens` tokens are the prompt's. Only where a token's KV depends on nothing after it.
 
         >>> with client.load(prefix) as loaded:        # doctest: +SKIP
         ...     for chunk in loaded:                   # in order, as they land
@@ -145,10 +174,12 @@ class Client:
             self._workplace,
             prefix,
             deadline_s or self.deadline_s,
-            in_vram=in_vram,
+            Manner(in_vram, partial, hints),
         )
 
-    def offload(self, prefix: Prefix, deadline_s: float | None = None) -> Offload:
+    def offload(
+        self, prefix: Prefix, deadline_s: float | None = None, *, hints: Hints | None = None
+    ) -> Offload:
         """Store the chunks of a prefix that the service does not hold yet.
 
         >>> with client.offload(prefix) as offload:    # doctest: +SKIP
@@ -156,17 +187,63 @@ class Client:
         ...         slot.write(my_chunk(slot.index))
         >>> offload.outcome.stored                     # doctest: +SKIP
         """
-        return Offload(self._connection, self._workplace, prefix, deadline_s or self.deadline_s)
+        return Offload(
+            self._connection, self._workplace, prefix, deadline_s or self.deadline_s, hints
+        )
 
     def prefetch(self, prefix: Prefix) -> int:
         """Start bringing chunks from disk to RAM; returns how many are there or on their way."""
+        return self._prefetch(prefix, cancel=False)
+
+    def cancel_prefetch(self, prefix: Prefix) -> int:
+        """Give up what `prefetch`, `lookup` or `locate` started and nobody else wants; returns how
+        many chunks were on their way."""
+        return self._prefetch(prefix, cancel=True)
+
+    def _prefetch(self, prefix: Prefix, *, cancel: bool) -> int:
         response: pb.PrefetchResponse | None = self._ask(
             "Prefetch",
             lambda session: pb.PrefetchRequest(
-                session_id=session.id, keys=pack_keys(prefix.keys[: session.max_keys])
+                session_id=session.id,
+                keys=pack_keys(prefix.keys[: session.max_keys]),
+                cancel=cancel,
             ),
         )
         return min(response.in_ram + response.promoting, len(prefix)) if response is not None else 0
+
+    def pin(self, prefix: Prefix, ttl_s: float, *, end_with_session: bool = False) -> Pinned | None:
+        """Keep the leading run of chunks that is held from being evicted, for `ttl_s` seconds (from
+        1 to 7 days; `FIVE_MINUTES`, `ONE_HOUR`) or until this session ends. What a tenant may pin
+        is bounded: the answer says how much was pinned, and why not more. None when the service
+        cannot be asked."""
+        response: pb.PinResponse | None = self._ask(
+            "Pin",
+            lambda session: pb.PinRequest(
+                session_id=session.id,
+                keys=pack_keys(prefix.keys[: session.max_keys]),
+                ttl_s=ttl_s,
+                end_with_session=end_with_session,
+            ),
+        )
+        if response is None:
+            return None
+        return pinned_of(response, len(prefix), end_with_session=end_with_session)
+
+    def unpin(self, pinned: Pinned) -> bool:
+        """End a pin; False when the service cannot be asked. Ending one twice does nothing."""
+        answer = self._ask(
+            "Unpin",
+            lambda session: pb.UnpinRequest(session_id=session.id, pin_id=pinned.id),
+        )
+        return answer is not None
+
+    def pins(self) -> list[Pinned]:
+        """The pins of this client's tenant, in all its spaces; none when the service cannot be
+        asked."""
+        response: pb.ListPinsResponse | None = self._ask(
+            "ListPins", lambda session: pb.ListPinsRequest(session_id=session.id)
+        )
+        return listed_pins(response) if response is not None else []
 
     def evict(self, prefix: Prefix | None) -> int:
         """Remove chunks and all that continues them; None removes the whole space. Returns how many

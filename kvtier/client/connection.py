@@ -36,7 +36,8 @@ class Connection:
         device: Device | None = None,
     ) -> None:
         self._make_transport = make_transport
-        self._request = pb.OpenSessionRequest(client=client, space=to_message(space), paths=paths)
+        self._client = client
+        self._paths = paths
         self._space = space
         self._device = device
         self._session: Session | None = None
@@ -46,6 +47,7 @@ class Connection:
         self._failures = 0
         self._proven = False  # the present session has answered something
         self._said_absent = False
+        self._said_without = False
         self._opening: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="kvtier-session", daemon=True)
         self._thread.start()
@@ -84,6 +86,14 @@ class Connection:
         self._forget(session, why)
         session.stream.cancel()
 
+    def _request(self, device: Device | None) -> pb.OpenSessionRequest:
+        """Asks for VRAM only with the device that is to reach it."""
+        every, ipc = self._paths, pb.DATA_PATH_CUDA_IPC
+        paths = [path for path in every if path != ipc or device is not None]
+        return pb.OpenSessionRequest(
+            client=self._client, space=to_message(self._space), paths=paths
+        )
+
     def _forget(self, session: Session, why: str) -> None:
         if self._session is session:
             self._session = None
@@ -104,10 +114,16 @@ class Connection:
 
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
+        refused = False
         while not self._closed.is_set():
             self._proven = False
+            device = None if refused else self._device
+            refused = False  # the session after one without its device tries it again
             try:
-                self._hold_one_session()
+                self._hold_one_session(device)
+            except DeviceError as error:
+                refused = True
+                self._say_without_device(error)
             except SERVICE_FAILURES as error:
                 self._say_absent(describe(error))
             pause_s = FIRST_PAUSE_S if self._proven else min(2 * pause_s, LONGEST_PAUSE_S)
@@ -119,20 +135,19 @@ class Connection:
         self._said_absent = True
         logger.log(level, "kvtier: no cache until a service answers (%s)", why)
 
-    def _do_without_vram(self, error: DeviceError) -> None:
-        """From now on ask for what needs no device."""
-        logger.warning("kvtier: goes on without its device: %s", error)
-        self._device = None
-        paths = [path for path in self._request.paths if path != pb.DATA_PATH_CUDA_IPC]
-        self._request.ClearField("paths")
-        self._request.paths.extend(paths)
+    def _say_without_device(self, error: DeviceError) -> None:
+        level = logging.DEBUG if self._said_without else logging.WARNING
+        self._said_without = True
+        logger.log(level, "kvtier: goes on without its device: %s", error)
 
-    def _hold_one_session(self) -> None:
-        """Open a session and stay until it ends."""
+    def _hold_one_session(self, device: Device | None) -> None:
+        """Open a session and stay until it ends. Raises DeviceError when the device cannot reach
+        its memory."""
         transport = self._make_transport()
         session = None
+        request = self._request(device)
         try:
-            stream = transport.stream("OpenSession", self._request, None)
+            stream = transport.stream("OpenSession", request, None)
             self._opening = stream.cancel
             if self._closed.is_set():
                 stream.cancel()  # `close` may have come too early to see it
@@ -143,13 +158,10 @@ class Connection:
                 event = next(stream)
             finally:
                 watchdog.cancel()
-            if event.opened.path not in self._request.paths:
+            if event.opened.path not in request.paths:
                 raise ValueError("the service chose a data path that was not offered")
-            try:
-                session = attach(event.opened, self._space, transport, stream, self._device)
-            except DeviceError as error:
-                self._do_without_vram(error)
-                raise
+            session = attach(event.opened, self._space, transport, stream, device)
+            self._said_without &= device is None
             self._failures = 0
             self._said_absent = True
             self._session = session
@@ -184,6 +196,7 @@ def to_message(space: Space) -> pb.Space:
             axes=layout.axes,
             rank=layout.rank,
             ranks=layout.ranks,
+            encoding=layout.encoding,
         ),
     )
 

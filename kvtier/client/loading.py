@@ -10,6 +10,8 @@ from typing import Self, TypeAlias
 from kvtier.chunks import Prefix
 from kvtier.client.buffers import Workplace, is_idle
 from kvtier.client.connection import Connection
+from kvtier.client.hints import Hints, to_hints
+from kvtier.client.offering import offered
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES, Stream
 from kvtier.kernels.copying import Copier
@@ -26,17 +28,28 @@ _GRACE_S = 0.25
 @dataclass(frozen=True, slots=True)
 class LoadedChunk:
     """One chunk of a load. `data` is read-only, has exactly the layout's bytes, and is valid until
-    the load's `with` block ends; it is empty where the chunk is in VRAM. `span` is the chunk as the
-    client's device reaches it: None without one, and on the path inline."""
+    the load's `with` block ends; it is empty where the chunk is in VRAM. Its first `tokens` tokens
+    are the prompt's: all, but in the last chunk of a load that takes parts. `span` is the chunk as
+    the client's device reaches it: None without one, and on the path inline."""
 
     index: int
     data: memoryview
+    tokens: int
     copier: Copier = field(repr=False, compare=False)
     span: Span | None = None
 
     def read_into(self, target: memoryview) -> None:
         """Copy the chunk into a writable buffer of the same size, without the GIL."""
         self.copier.copy(target, self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a load is to be carried out: see `Client.load`."""
+
+    in_vram: bool
+    partial: bool
+    hints: Hints | None
 
 
 class Loaded:
@@ -52,10 +65,11 @@ class Loaded:
         workplace: Workplace,
         prefix: Prefix,
         deadline_s: float,
-        *,
-        in_vram: bool = False,
+        manner: Manner,
     ) -> None:
-        self._in_vram = in_vram
+        self._manner = manner
+        self._offered: pb.Tokens | None = None
+        self._part_came = False
         self._connection = connection
         self._buffers = workplace.buffers
         self._copier = workplace.copier
@@ -70,9 +84,13 @@ class Loaded:
 
     def __enter__(self) -> Self:
         session = self._connection.session
-        if session is not None and len(self._prefix) and session.enter():
+        if session is None:
+            return self
+        self._prefix = self._prefix[: session.max_keys]
+        if self._manner.partial:
+            self._offered = offered(self._prefix, session.max_token_bytes)
+        if (len(self._prefix) or self._offered is not None) and session.enter():
             self._session = session
-            self._prefix = self._prefix[: session.max_keys]
             self._lease_id = session.next_lease_id()
         return self
 
@@ -135,7 +153,7 @@ class Loaded:
         expected = 0
         try:
             for chunk in chunks:
-                if chunk.index != expected or expected >= len(self._prefix):
+                if chunk.index != expected:
                     raise ValueError(f"the service sent chunk {chunk.index}, not {expected}")
                 expected += 1
                 yield chunk
@@ -144,6 +162,24 @@ class Loaded:
             self._connection.failed(session, "load", failure)
         else:
             self._connection.succeeded()
+
+    def _tokens_of(self, index: int, told: int) -> int:
+        """How many leading tokens of a chunk are the prompt's; the service tells 0 where it is the
+        one of that key. Raises ValueError for what cannot be."""
+        if self._part_came:
+            raise ValueError("the service sent another chunk after a part of one")
+        tokens = self._prefix.chunk_tokens
+        if not told:
+            if index >= len(self._prefix):
+                raise ValueError(f"the service sent chunk {index} of {len(self._prefix)}")
+            return tokens
+        self._part_came = True
+        known = len(self._offered.ids) // 4 if self._offered is not None else 0
+        if told > min(tokens, known - index * tokens):
+            raise ValueError(
+                f"the service says that {told} tokens of chunk {index} are the prompt's"
+            )
+        return told
 
     def _remaining_ms(self) -> int:
         return max(1, int(1000 * (self._until - time.monotonic())))
@@ -156,7 +192,9 @@ class Loaded:
             lease_id=self._lease_id,
             keys=pack_keys(self._prefix.keys),
             deadline_ms=self._remaining_ms(),
-            in_vram=self._in_vram and session.reaches_vram,
+            in_vram=self._manner.in_vram and session.reaches_vram,
+            hints=to_hints(self._prefix, self._manner.hints),
+            tokens=self._offered,
         )
         timeout_s = request.deadline_ms / 1000 + _GRACE_S
         stream: Stream[pb.LoadResponse] = session.transport.stream("Load", request, timeout_s)
@@ -167,31 +205,38 @@ class Loaded:
                     raise ValueError(
                         "the service sent a chunk in VRAM that was not asked for there"
                     )
+                tokens = self._tokens_of(chunk.index, chunk.tokens)
                 nbytes = session.chunk_bytes
                 span = attached.span(chunk.offset, nbytes, in_vram=chunk.in_vram)
                 if chunk.in_vram:
-                    yield LoadedChunk(chunk.index, memoryview(b""), self._copier, span)
+                    yield LoadedChunk(chunk.index, memoryview(b""), tokens, self._copier, span)
                     continue
                 data = attached.slot(chunk.offset, nbytes).toreadonly()
                 self._views.append(data)
-                yield LoadedChunk(chunk.index, data, self._copier, span)
+                yield LoadedChunk(chunk.index, data, tokens, self._copier, span)
 
     def _streamed(self, session: Session) -> Iterator[LoadedChunk]:
         request = pb.GetRequest(
             session_id=session.id,
             keys=pack_keys(self._prefix.keys),
             deadline_ms=self._remaining_ms(),
+            hints=to_hints(self._prefix, self._manner.hints),
+            tokens=self._offered,
         )
         timeout_s = request.deadline_ms / 1000 + _GRACE_S
         stream: Stream[GetMessage] = session.transport.stream("Get", request, timeout_s)
         self._stream = stream
         assembly: inline.Assembly | None = None
         buffer = bytearray()
+        told = 0
         for message in stream:
             if isinstance(message, inline.Piece):
                 piece = message
             elif message.HasField("piece"):
                 piece = inline.piece_of(message.piece)
+            elif message.tokens:
+                told = message.tokens
+                continue
             else:
                 return
             if assembly is None:
@@ -204,7 +249,7 @@ class Loaded:
                 raise ValueError(f"chunk {piece.index} arrived with a wrong checksum")
             assembly = None
             data = memoryview(buffer).toreadonly()
-            yield LoadedChunk(piece.index, data, self._copier)
+            yield LoadedChunk(piece.index, data, self._tokens_of(piece.index, told), self._copier)
             del data
 
     def _idle_buffer(self, nbytes: int) -> bytearray:

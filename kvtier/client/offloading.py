@@ -1,6 +1,7 @@
 """Writing chunks: one offload, as the engine sees it."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ from kvtier.chunks import Prefix
 from kvtier.client.batches import Batch, MappedBatch, Statuses, StreamedBatch
 from kvtier.client.buffers import Workplace
 from kvtier.client.connection import Connection
+from kvtier.client.hints import Hints, to_hints
+from kvtier.client.offering import offered
 from kvtier.client.session import Session, pack_keys
 from kvtier.client.transport import SERVICE_FAILURES
 from kvtier.kernels.copying import Copier
-from kvtier.kernels.device import Span
+from kvtier.kernels.device import DeviceError, Event, Span
 from kvtier.proto import cache_pb2 as pb
 
 # Reserved at once: large enough to amortise two calls, small enough to leave others their room.
@@ -26,6 +29,8 @@ _REFUSALS = {
     pb.RESERVE_STATUS_NO_ROOM: "no room: everything else is leased",
     pb.RESERVE_STATUS_PARENT_MISSING: "the chunk before it is not held",
     pb.RESERVE_STATUS_LEASE_LIMIT: "this session has reserved all it may",
+    pb.RESERVE_STATUS_NOT_WORTH: "everything else is likelier to be asked for again",
+    pb.RESERVE_STATUS_QUOTA: "its tenant holds all it may",
 }
 _COMMIT_REFUSALS: dict[int, str] = {
     pb.COMMIT_STATUS_PARENT_MISSING: "the chunk before it was not committed",
@@ -35,6 +40,7 @@ _COMMIT_REFUSALS: dict[int, str] = {
 UNREACHABLE = "the service could not be reached"
 TOO_LATE = "the deadline had passed"
 NOT_WRITTEN = "the caller did not write it"
+NOT_ARRIVED = "the caller's device failed to write it, or one before it"
 
 
 @dataclass(slots=True)
@@ -46,17 +52,21 @@ class Offloaded:
     refused: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WriteSlot:
     """Room for one chunk. `data` is writable, has exactly the layout's bytes, and is valid until
     the loop goes on to the next slot. `span` is the same as the client's device reaches it: None
-    without one, and on the path inline. What the device writes there must have arrived before the
-    loop goes on."""
+    without one, and on the path inline.
+
+    What the device writes there must have arrived before the loop goes on. Or set `arrival` to an
+    event behind it: then the chunk counts as written once that is done, and the loop goes on.
+    """
 
     index: int
     data: memoryview
     copier: Copier = field(repr=False, compare=False)
     span: Span | None = None
+    arrival: Event | None = None
 
     def write(self, source: memoryview) -> None:
         """Copy a chunk from a buffer of the same size, without the GIL."""
@@ -68,16 +78,24 @@ class Offload:
 
     A chunk counts as written when the loop goes on, so leaving the loop early or by an exception
     publishes nothing half filled. Chunks are reserved and committed in batches while the loop runs.
+    Before a batch is committed or given up, all arrivals in it are waited for. When one fails, the
+    chunks before it are published, and its DeviceError is raised.
     Whatever the service does, the loop only ends early; `outcome` says what became of each chunk.
     The deadline bounds all waiting for the service together; the caller's own time does not count.
     """
 
     def __init__(
-        self, connection: Connection, workplace: Workplace, prefix: Prefix, deadline_s: float
+        self,
+        connection: Connection,
+        workplace: Workplace,
+        prefix: Prefix,
+        deadline_s: float,
+        hints: Hints | None,
     ) -> None:
         self._connection = connection
         self._workplace = workplace
         self._prefix = prefix
+        self._hints = hints
         self._left_s = deadline_s  # what may still be spent on waiting for the service
         self._session: Session | None = None
         self._reservation: _Reservation | None = None
@@ -102,6 +120,9 @@ class Offload:
         try:
             if self._reservation is not None:
                 self._finish(self._reservation)
+        except DeviceError:
+            if kind is None:  # else what ended the loop tells more
+                raise
         finally:
             self._refuse_rest(NOT_WRITTEN)
             session.leave()
@@ -136,8 +157,10 @@ class Offload:
                 yield slot
                 with suppress(BufferError):  # an array over it is its caller's problem
                     slot.data.release()
+                reservation.coming.append((index, slot.arrival))
+                if slot.arrival is None or slot.span is None:
+                    reservation.land()
                 del slot, view
-                batch.wrote(index)
         except SERVICE_FAILURES as failure:
             reservation.failure = failure
 
@@ -148,6 +171,8 @@ class Offload:
             lease_id=lease_id,
             keys=pack_keys(keys.keys),
             parent=keys.parent,
+            hints=to_hints(keys, self._hints),
+            tokens=offered(keys, session.max_token_bytes, whole=True),
         )
         reservation = _Reservation(session, lease_id, start, self._new_batch(session, lease_id))
         try:
@@ -179,9 +204,11 @@ class Offload:
             self.outcome.refused[index + reservation.start] = reason
 
     def _finish(self, reservation: "_Reservation") -> bool:
-        """Publish what was written of a batch; False when the service could not be reached."""
+        """Publish what was written of a batch; False when the service could not be reached. Raises
+        DeviceError when some of it did not arrive."""
         batch = reservation.batch
         try:
+            reservation.land()
             if reservation.failure is not None:
                 raise reservation.failure
             if batch.written:
@@ -197,6 +224,9 @@ class Offload:
         finally:
             batch.close()
         self._connection.succeeded()
+        if reservation.fault is not None:
+            self._refuse_rest(NOT_ARRIVED)
+            raise reservation.fault
         return True
 
     def _note(self, reservation: "_Reservation", statuses: Statuses) -> None:
@@ -233,10 +263,26 @@ class Offload:
 
 @dataclass(slots=True)
 class _Reservation:
-    """One Reserve and what comes of it. Indexes count from `start` in the prefix."""
+    """One Reserve and what comes of it. Indexes count from `start` in the prefix. `coming` are
+    chunks that the caller's device may still be writing, in order."""
 
     session: Session
     lease_id: int
     start: int
     batch: Batch
     failure: BaseException | None = None
+    fault: DeviceError | None = None
+    coming: deque[tuple[int, Event | None]] = field(default_factory=deque)
+
+    def land(self) -> None:
+        """Wait for what is coming. It counts as written up to the first that fails, and is waited
+        for beyond: nobody may write into a slot that is given up."""
+        while self.coming:
+            index, arrival = self.coming.popleft()
+            try:
+                if arrival is not None:
+                    arrival.synchronize()
+            except DeviceError as error:
+                self.fault = self.fault or error
+            if self.fault is None:
+                self.batch.wrote(index)

@@ -72,6 +72,7 @@ class Session:
     chunk_bytes: int
     max_keys: int
     max_write_lease_bytes: int
+    max_token_bytes: int
     attached: Attached | None
     _users: int = 0
     _over: bool = False
@@ -163,6 +164,7 @@ def attach(
         chunk_bytes=opened.chunk_bytes,
         max_keys=min(opened.max_keys, MAX_KEYS),
         max_write_lease_bytes=opened.max_write_lease_bytes,
+        max_token_bytes=opened.max_token_bytes,
         attached=attached,
     )
 

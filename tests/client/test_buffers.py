@@ -51,7 +51,7 @@ def test_another_size_is_not_given() -> None:
 def test_a_batch_that_is_closed_twice_gives_its_buffers_back_once() -> None:
     buffers = Buffers(keep_bytes=1000)
     nobody: Any = NoService()
-    session = Session(bytes(16), nobody, nobody, 100, 10, 1000, None)
+    session = Session(bytes(16), nobody, nobody, 100, 10, 1000, 0, None)
     batch = StreamedBatch(session, buffers, 1)
     batch.add(0, 0)
     batch.open(0)[:] = bytes(100)

@@ -189,19 +189,6 @@ def test_generate_takes_a_restored_cache_and_the_whole_prompt(
         assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize(("length", "reused"), [(1, 0), (16, 0), (17, 16), (64, 48), (65, 64)])
-def test_the_last_token_is_always_computed(
-    model: Any, client: FakeClient, length: int, reused: int
-) -> None:
-    cold = kv(model, client).prefill(prompt())
-    kv(model, client).offload(prompt(), cold.cache)
-    warm = kv(model, client).prefill(prompt()[:, :length])
-    assert warm.reused_tokens == reused
-    assert warm.cache.get_seq_length() == length
-    whole, _ = recomputed(model, prompt()[:, :length])
-    assert (warm.logits - whole).abs().max() < 1e-3
-
-
 def test_an_answer_longer_than_its_room_is_the_same(model: Any) -> None:
     prefix_cache = kv(model)
     roomy = prefix_cache.prefill(prompt())
@@ -230,6 +217,19 @@ def test_what_is_held_is_not_copied_again(model: Any, client: FakeClient) -> Non
     assert kv(model, client).offload(prompt(), cold.cache).chunks == 4
     again = kv(model, client).offload(prompt(), cold.cache)
     assert (again.chunks, again.nbytes, again.outcome.existing) == (0, 0, (0, 1, 2, 3))
+
+
+def test_what_is_restored_and_offloaded_again_is_one_request(
+    model: Any, client: FakeClient
+) -> None:
+    prefix_cache = kv(model, client)
+    for _ in range(2):
+        prefilled = prefix_cache.prefill(prompt())
+        prefix_cache.offload(prompt(), prefilled.cache)
+    first, again, other, other_again = client.requests
+    assert first == again
+    assert other == other_again
+    assert len({first, other, 0}) == 3
 
 
 def test_a_plain_dynamic_cache_can_be_offloaded(model: Any, client: FakeClient) -> None:
@@ -270,6 +270,9 @@ def test_extra_separates_what_the_tokens_do_not_say(model: Any, client: FakeClie
     kv(model, client).offload(prompt(), cold.cache, extra=b"adapter 1")
     assert kv(model, client).prefill(prompt()).reused_tokens == 0
     assert kv(model, client).prefill(prompt(), extra=b"adapter 1").reused_tokens == 64
+    part = prompt()[:, :40]
+    assert kv(model, client).prefill(part).reused_tokens == 0
+    assert kv(model, client).prefill(part, extra=b"adapter 1").reused_tokens == 39
 
 
 def test_recycled_memory_is_used_again_and_never_shared(model: Any, client: FakeClient) -> None:

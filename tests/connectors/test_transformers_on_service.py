@@ -54,6 +54,31 @@ def test_in_one_process_and_across_a_restart(tmp_path: Path, dtype: Any) -> None
 
 
 @pytest.mark.parametrize("path", ["shm", "inline"])
+def test_a_prompt_that_leaves_a_chunk_half_way(tmp_path: Path, path: str) -> None:
+    """From RAM, and from disk once the tokens are known again."""
+    model = shape("llama-gqa")
+    space = space_of(model, chunk_tokens=CHUNK)
+    other = FIRST.clone()
+    other[0, 40:] = (other[0, 40:] + 1) % 128
+    with Sidecar(tmp_path) as sidecar:
+        kv = PrefixCache(model, sidecar.client(space, path=path))
+        live = kv.prefill(FIRST).cache
+        kv.offload(FIRST, live)
+        expected = on_top_of_live(model, live, other, 40)
+        for _ in range(2):
+            warm = PrefixCache(model, sidecar.client(space, path=path)).prefill(other)
+            assert warm.reused_tokens == 40
+            assert torch.equal(warm.logits, expected)
+            assert sidecar.stats().counters["load_partial_tokens"] == 8
+            assert sidecar.terminate() == 0
+            sidecar.start()
+            kv = PrefixCache(model, sidecar.client(space, path=path))
+            assert kv.prefill(other).reused_tokens == 32
+            kv.offload(FIRST, live)  # all held: it only tells the tokens
+        assert sidecar.stats().counters["unverified_tokens"] == 0
+
+
+@pytest.mark.parametrize("path", ["shm", "inline"])
 def test_with_a_sidecar_restarted_and_killed(tmp_path: Path, path: str) -> None:
     model = shape("llama-gqa")
     space = space_of(model, chunk_tokens=CHUNK)

@@ -103,7 +103,32 @@ def test_wrong_content_would_be_seen(folder: Path, text: Any, sidecar: Sidecar) 
     assert (wrong.logits - right.logits).abs().max() > 1
 
 
-def test_a_prompt_that_diverges_reuses_the_common_chunks(
+@pytest.mark.parametrize("common", [300, 513, 600, 767])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_that_leaves_a_chunk_half_way_reuses_all_that_is_common(
+    folder: Path, text: Any, sidecar: Sidecar, dtype: Any, common: int
+) -> None:
+    """Exactly as full chunks: no bit of KV and no logit differs from the live cache."""
+    model = load_model(folder, dtype)
+    kv = PrefixCache(model, sidecar.client(space_of(model, model_path=folder)))
+    first = text[:, :800]
+    live = kv.prefill(first).cache
+    kv.offload(first, live)
+    rest = text[:, 2000:2200]
+    assert rest[0, 0] != first[0, common]
+    second = torch.cat([first[:, :common], rest], dim=-1)
+    expected = on_top_of_live(model, live, second, common)
+    warm = kv.prefill(second)
+    assert warm.reused_tokens == common
+    for layer, kept in zip(layers(warm.cache), layers(live), strict=True):
+        for mine, theirs in ((layer.keys, kept.keys), (layer.values, kept.values)):
+            assert torch.equal(bits(mine[:, :, :common]), bits(theirs[:, :, :common]))
+    assert (warm.logits - expected).abs().max() == 0
+    _, answered = recomputed(model, second)
+    assert answer(model, second, warm.logits, warm.cache) == answered
+
+
+def test_a_prompt_that_diverges_without_a_service(
     folder: Path, text: Any, sidecar: Sidecar
 ) -> None:
     model = load_model(folder, torch.float32)
@@ -111,9 +136,8 @@ def test_a_prompt_that_diverges_reuses_the_common_chunks(
     first = text[:, :800]
     kv.offload(first, kv.prefill(first).cache)
     second = torch.cat([text[:, :600], text[:, 2000:2200]], dim=-1)
-    warm = kv.prefill(second)
-    assert warm.reused_tokens == 512
     _, expected = recomputed(model, second)
+    warm = kv.prefill(second)
     assert answer(model, second, warm.logits, warm.cache) == expected
     sidecar.kill()
     alone = kv.prefill(second)

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from kvtier.chunks import ChunkKey, chain, pack_tokens
+from kvtier.config import Config
 from kvtier.errors import KvtierError
 from kvtier.proto import cache_pb2 as pb
 from kvtier.service.answers import CommitOutcome
+from kvtier.service.curves import curves_of
 from kvtier.service.explain import Explainer
 from kvtier.service.leases import Lease
 from kvtier.service.servicer import Servicer
 from kvtier.service.sessions import Session
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.base import Outcome, Record, StoreJob
-from kvtier.tiers.index import TierId
+from kvtier.tiers.tree import TierId
 from kvtier.transfer.paths import inline
 from tests.core import Harness, harness
 from tests.fakes import MemoryStore
@@ -71,7 +73,8 @@ class Actor:
     def __init__(self, h: Harness, chance: random.Random) -> None:
         self.h = h
         self.chance = chance
-        self.servicer = Servicer(h.cache, Explainer(h.placement.index, h.placement.history))
+        explainer = Explainer(h.placement.index, h.placement.history, Config())
+        self.servicer = Servicer(h.cache, explainer, curves_of(Config()))
         self.session = self._connect()
         self.next_lease = 0
         self.read = 0

@@ -272,6 +272,46 @@ def test_a_device_that_refuses_is_done_without(fake: FakeWithVram, make: type[Bo
     device.close()
 
 
+class Recovers(Books):
+    """Refuses to register memory until it is well."""
+
+    well = False
+
+    def register(self, memory: memoryview) -> Region:
+        if not self.well:
+            raise DeviceError("register: not now")
+        return super().register(memory)
+
+
+def test_a_device_that_refused_is_tried_again_by_the_session_after(
+    fake: FakeWithVram, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Recovers()
+
+    def next_session() -> None:
+        session = client._connection.session
+        assert session is not None
+        client._connection.drop(session, "for the test")
+        until(lambda: client._connection.session not in (None, session), "another session")
+
+    with open_client(fake, device) as client:
+        assert client.wait_ready(HANG_S)
+        fake.hold_all(client)
+        assert read(client) == [None] * 4
+        next_session()
+        assert read(client) == [None] * 4
+        assert caplog.text.count("goes on without its device") == 1
+        device.well = True
+        next_session()
+        assert read(client) == [Place.DEVICE] * 4
+        device.well = False
+        next_session()
+        assert read(client) == [None] * 4
+        assert caplog.text.count("goes on without its device") == 2
+    assert device.kept == []
+    device.close()
+
+
 def test_memory_stays_while_a_load_may_use_it(fake: FakeWithVram) -> None:
     """The service is gone and the client closed, and a copy that was begun before is still right:
     here it is done only when it is waited for."""

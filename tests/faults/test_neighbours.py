@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.config import Cpu
 from kvtier.errors import AlreadyRunning
+from kvtier.sections import Cpu
 from kvtier.service.build import _create_arena
 from kvtier.service.server import SocketLock
 from tests.sidecar import HANG_S, Sidecar, offload, prompt_of

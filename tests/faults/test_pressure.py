@@ -168,7 +168,11 @@ def test_many_readers_of_what_one_promotion_brings(tmp_path: Path) -> None:
 def test_the_disk_stays_inside_its_capacity(tmp_path: Path) -> None:
     capacity = 16 << 20
     with Sidecar(
-        tmp_path, f"disk.capacity={capacity}", "disk.compression=none", "cpu.capacity=64MiB"
+        tmp_path,
+        f"disk.capacity={capacity}",
+        "disk.compression=none",
+        "cpu.capacity=64MiB",
+        "eviction.policy=lru",  # it finds the newest
     ) as sidecar:
         client = sidecar.client()
         for seed in range(40):

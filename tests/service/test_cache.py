@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.config import Limits
 from kvtier.errors import InvalidRequest, LimitReached, SessionEnded
+from kvtier.sections import Limits
 from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
 from kvtier.service.leases import Mode
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import TierId
+from kvtier.tiers.tree import TierId
 from tests.core import SLOT_BYTES, harness, space
 from tests.fakes import MemoryStore
 

@@ -10,8 +10,9 @@ from kvtier.errors import InvalidRequest, LimitReached
 from kvtier.service.leases import LEASES_PER_SESSION, Lease, Leases, Mode
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.arena import Arena
-from kvtier.tiers.index import Index, Node, Replica, State, TierId
+from kvtier.tiers.index import Index
 from kvtier.tiers.policies.lru import Lru
+from kvtier.tiers.tree import Replica, State, TierId
 
 SPACE = Space("m", Layout("int8", 1, 1, 1, tokens=1, planes=1))
 SLOT = 4096
@@ -23,8 +24,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(64 * SLOT)
-        policies = {tier: Lru[Node]() for tier in TierId}
-        self.index = Index(policies, lambda replica: self.arena.free(replica.slot))
+        self.index = Index(lambda _: Lru[Replica](), lambda replica: self.arena.free(replica.slot))
         self.branch = self.index.branch(SPACE)
         self.sessions = [Leases(self.index), Leases(self.index)]
         self.open: list[tuple[Leases, Lease]] = []
@@ -51,7 +51,9 @@ class LeaseMachine(RuleBasedStateMachine):
                 return
             self.next_key += 1
             key = ChunkKey(self.next_key.to_bytes(32, "big"))
-            replica = self.index.begin(self.branch, key, self.branch.digest, 1.0, TierId.CPU, slot)
+            node = self.index.enter(self.branch, key, self.branch.digest, 1.0)
+            [coming] = self.index.arrival(self.branch, TierId.CPU, None, [key], 1.0)
+            replica = self.index.begin(node, TierId.CPU, slot, coming)
             leases.add_write(lease, index, replica)
 
     @rule(session=st.integers(0, 1), data=st.data())
@@ -93,7 +95,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule()
     def evict_what_may_go(self) -> None:
-        for victim in self.index.victims(TierId.CPU):
+        for victim in self.index.victims(self.branch.tenant, TierId.CPU, 1.0):
             self.index.drop(victim)
 
     @invariant()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.config import Config
 from kvtier.kernels.host import HostDevice
 from kvtier.kernels.host_streams import Chaos
 from kvtier.service.answers import KeyState, LoadStop, ReserveOutcome
 from kvtier.service.explain import Explainer
 from kvtier.service.leases import Lease
-from kvtier.tiers.index import TierId
+from kvtier.tiers.tree import TierId
 from tests.core import Harness, harness
 from tests.fakes import MemoryStore
 
@@ -63,6 +64,19 @@ async def test_what_was_found_in_ram_is_found_in_vram_next(tmp_path: Path, seed:
         assert core.placement.counters.load_vram_hits == 5
         gpu = core.cache.tiers()[0]
         assert (gpu.name, gpu.chunks, gpu.used_bytes) == ("gpu", 5, 5 * 4096)
+
+
+async def test_nothing_is_raised_while_the_client_reads(tmp_path: Path) -> None:
+    async with harness(tmp_path, device=device()) as core:
+        session = core.session(in_vram=True)
+        prefix = core.chain_of(session, 3)
+        core.put(session, prefix)
+        _, _, lease = await core.get(session, prefix)
+        assert core.raisings is not None
+        assert core.raisings.under_way_bytes == 0, "the bus is the client's"
+        core.cache.release(session, lease.id)
+        assert core.raisings.under_way_bytes == 3 * 4096
+        await raised(core, 3)
 
 
 async def test_who_does_not_reach_vram_is_answered_in_ram(tmp_path: Path) -> None:
@@ -176,7 +190,7 @@ async def test_explain_names_vram(tmp_path: Path) -> None:
         core.cache.release(session, lease.id)
         await raised(core, 1)
         drop_from_ram(core)
-        explainer = Explainer(core.placement.index, core.placement.history)
+        explainer = Explainer(core.placement.index, core.placement.history, Config())
         (answer,) = explainer.explain(session.branch, prefix.keys, b"", [])
         assert answer.state is KeyState.VRAM
 

@@ -3,10 +3,9 @@ done, every byte is right, and stays so for as long as it is leased."""
 
 import asyncio
 import itertools
-import random
 import shutil
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +15,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier.chunks import ChunkKey, Prefix
-from kvtier.kernels.device import DeviceError, Span, Stream, Urgency
+from kvtier.kernels.device import Span, Urgency
 from kvtier.kernels.host import HostDevice
-from kvtier.kernels.host_streams import Chaos
 from kvtier.service.answers import CommitOutcome, LoadStop
 from kvtier.service.leases import Lease
 from kvtier.service.sessions import Session
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.arena import slot_bytes_of
 from kvtier.tiers.base import Outcome
-from kvtier.tiers.index import Replica, State, TierId
+from kvtier.tiers.tree import Replica, State, TierId
 from tests.contracts.device import buffer
 from tests.core import CHUNK_TOKENS, SLOT_BYTES, Harness, harness, space
 from tests.fakes import MemoryStore
+from tests.kernels.moody import MoodyDevice
 
 PATIENCE_S = 60.0
 LENGTH = 8  # chunks of a prompt
@@ -38,23 +37,6 @@ ResultT = TypeVar("ResultT")
 FAMILIES = 3
 families, lengths, some = st.integers(0, FAMILIES - 1), st.integers(1, LENGTH), st.integers(0, 99)
 sessions = st.integers(0, 3)
-
-
-class MoodyDevice(HostDevice):
-    """While `failing`, half of its copies are refused, half of those when a part was begun."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(Chaos(seed), memory_bytes=1 << 22)
-        self.failing = False
-        self._moods = random.Random(seed)
-
-    def copy(self, stream: Stream, pairs: Sequence[tuple[Span, Span]]) -> None:
-        mood = self._moods.randrange(4) if self.failing else 0
-        if mood == 1:
-            super().copy(stream, pairs[:1])
-        if mood in (1, 2):
-            raise DeviceError("not in the mood")
-        super().copy(stream, pairs)
 
 
 class Eyes:
@@ -118,6 +100,9 @@ class Play:
                 assert self.is_right(replica)
                 came += 1
         return came, loading.stop
+
+    async def release(self, session: Session, lease: Lease) -> None:
+        self.core.cache.release(session, lease.id)
 
     async def copies_settle(self) -> None:
         """Wait until nothing is on its way between two tiers."""
@@ -241,7 +226,7 @@ class VramMachine(RuleBasedStateMachine):
         assert all(self.play.is_right(replica) for replica in use.lease.replicas.values())
         cache = self.play.core.cache
         if use.load is not None:
-            cache.release(use.session, use.lease.id)
+            self.run(self.play.release(use.session, use.lease))
             self.loads.append(use.load)
         elif publish:
             self.commit(use.session, use.lease)
@@ -308,8 +293,10 @@ class VramMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 8))
     def ram_is_needed(self, count: int) -> None:
         placement = self.play.core.placement
-        for victim in itertools.islice(placement.index.victims(TierId.CPU), count):
-            placement.evict(victim)
+        for tenant in placement.index.tenants:
+            victims = placement.index.victims(tenant, TierId.CPU, placement.clock())
+            for victim in itertools.islice(victims, count):
+                placement.evict(victim)
 
     @rule()
     def disk_stands_still_or_goes_on(self) -> None:
@@ -347,16 +334,16 @@ class VramMachine(RuleBasedStateMachine):
     def what_was_removed_does_not_come_back(self) -> None:
         for session, family in itertools.product(self.sessions[2:], range(FAMILIES)):
             keys = self.prefix(session, family, LENGTH).keys
-            held, _ = self.play.core.cache.lookup(session, keys)
-            assert self.removed.isdisjoint(keys[:held])
+            held = self.play.core.placement.index.match(session.branch, keys)
+            assert self.removed.isdisjoint(node.key for node in held)
 
     @invariant()
     def vram_lets_nothing_go_that_is_nowhere_else(self) -> None:
         history = self.play.core.placement.history
         for session, family in itertools.product(self.sessions[:2], range(FAMILIES)):
             for key in self.prefix(session, family, LENGTH):
-                loss = history.find(session.branch.digest, key)
-                assert loss is None or "gpu" not in loss.detail
+                lost = history.find(session.branch.digest, key)
+                assert lost is None or lost.loss.tier is not TierId.GPU
 
     def teardown(self) -> None:
         if not hasattr(self, "play"):

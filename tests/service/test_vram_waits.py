@@ -9,7 +9,7 @@ from kvtier.kernels.device import Device
 from kvtier.kernels.host import HostDevice
 from kvtier.kernels.host_streams import Chaos
 from kvtier.service.sessions import Session
-from kvtier.tiers.index import TierId
+from kvtier.tiers.tree import TierId
 from tests.core import SLOT_BYTES, Harness, harness
 from tests.fakes import MemoryStore
 from tests.kernels.forgetful import Forgetful

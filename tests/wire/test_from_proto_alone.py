@@ -60,6 +60,25 @@ def test_the_space_digest_is_over_length_prefixed_fields_in_sorted_order(
     assert client.root == hashlib.sha256(b"kvtier.space.v1" + b"".join(packed)).digest()
 
 
+def test_an_encoding_is_a_space_of_its_own(sidecar: Sidecar) -> None:
+    """Its size is in docs/formats.md; "exact" is what no encoding means."""
+    path = pb.DATA_PATH_INLINE
+    seen: dict[str, tuple[bytes, int]] = {}
+    for encoding in ("", "exact", "kivi-int8", "kivi-int4-g32"):
+        space = space_of("encoded", layout_encoding=encoding)
+        with OwnClient(sidecar.target, space, path) as client:
+            seen[encoding] = client.root, client.nbytes
+            keys = client.keys(1, 3)
+            assert client.lookup(keys).held == (3 if encoding == "exact" else 0)
+            client.store(keys)
+            assert client.verify(keys) == 3
+    assert seen[""] == seen["exact"]
+    assert len({root for root, _ in seen.values()}) == 3
+    codes, of_keys, of_values = 16 * 16, 4 * 16, 4 * 16  # a minimum and a scale have 2 bytes each
+    assert seen["kivi-int8"][1] == 2 * 2 * (2 * codes + of_keys + of_values)
+    assert seen["kivi-int4-g32"][1] == 2 * 2 * (codes + of_keys + of_values)
+
+
 def test_what_was_stored_comes_back(client: OwnClient) -> None:
     keys = client.keys(1, 10)
     assert client.lookup(keys).held == 0

@@ -61,6 +61,9 @@ def with_keys(client: OwnClient, keys: bytes) -> dict[str, Callable[[], object]]
         "Prefetch": lambda: stub.Prefetch(
             pb.PrefetchRequest(session_id=session, keys=keys), timeout=timeout
         ),
+        "Pin": lambda: stub.Pin(
+            pb.PinRequest(session_id=session, keys=keys, ttl_s=60), timeout=timeout
+        ),
         "Evict": lambda: stub.Evict(
             pb.EvictRequest(session_id=session, keys=keys), timeout=timeout
         ),
@@ -70,7 +73,7 @@ def with_keys(client: OwnClient, keys: bytes) -> dict[str, Callable[[], object]]
     }
 
 
-METHODS_WITH_KEYS = ["Lookup", "Load", "Get", "Reserve", "Prefetch", "Evict", "Explain"]
+METHODS_WITH_KEYS = ["Lookup", "Load", "Get", "Reserve", "Prefetch", "Pin", "Evict", "Explain"]
 
 
 @pytest.mark.parametrize("method", METHODS_WITH_KEYS)
@@ -105,6 +108,8 @@ def test_every_other_method_asks_for_the_session(client: OwnClient) -> None:
         lambda: client.abort(1),
         lambda: client.commit(1, [0]),
         lambda: client.put([client.header(1)]),
+        lambda: client.stub.Unpin(pb.UnpinRequest(session_id=client.id, pin_id=1)),
+        lambda: client.stub.ListPins(pb.ListPinsRequest(session_id=client.id)),
     ]
     assert {refusal(call)[0] for call in calls} == {UNKNOWN_SESSION}
     client.id = right
@@ -193,6 +198,7 @@ BAD_SPACES: dict[str, pb.Space] = {
     "layout.rank": space_of(layout_rank=1, layout_ranks=1),
     "layout.ranks": space_of(layout_ranks=0),
     "layout.axes": space_of(layout_axes="layer,plane,head,token,token"),
+    "layout.encoding": space_of(layout_encoding="kivi-int5"),
     "layout": space_of(layout_layers=4096, layout_heads=4096),
     "space.layout": space_of(layout_layers=4096),  # 8 MiB chunks, 8 MiB may be leased: fits
 }
@@ -206,7 +212,20 @@ def test_a_space_out_of_range(sidecar: Sidecar, client: OwnClient, field: str) -
     assert (status, told.split(":")[0]) == (INVALID, field)
 
 
-@pytest.mark.parametrize("field", ["layout_dtype", "layout_axes", "model", "tenant"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "float64"), ("planes", 1), ("axes", "plane,layer,head,token,dim")],
+)
+def test_what_cannot_be_quantised(client: OwnClient, field: str, value: str | int) -> None:
+    space = space_of(**{"layout_encoding": "kivi-int8", f"layout_{field}": value})
+    request = pb.OpenSessionRequest(space=space, paths=[pb.DATA_PATH_INLINE])
+    status, told = refusal(lambda: client.stub.OpenSession(request, timeout=TIMEOUT_S))
+    assert (status, told.split(":")[0]) == (INVALID, f"layout.{field}")
+
+
+@pytest.mark.parametrize(
+    "field", ["layout_dtype", "layout_axes", "layout_encoding", "model", "tenant"]
+)
 def test_a_giant_text_is_refused_in_few_words(client: OwnClient, field: str) -> None:
     request = pb.OpenSessionRequest(
         space=space_of(**{field: "€" * 500_000}), paths=[pb.DATA_PATH_INLINE]

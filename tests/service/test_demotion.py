@@ -1,0 +1,133 @@
+"""What is written to disk, when, and why."""
+
+from pathlib import Path
+
+import pytest
+
+from kvtier.service.demotion import Demotion, When, Writing
+from kvtier.service.sessions import Session
+from kvtier.tiers.tree import TierId
+from tests.core import Harness, harness
+
+SETTLED_S = 60.0
+
+
+async def written(h: Harness) -> int:
+    """Chunks on disk once everything that was ordered is written."""
+    assert await h.write_behind.flush(SETTLED_S)
+    return h.placement.index.chunks[TierId.DISK]
+
+
+def on_disk(h: Harness, session: Session, prompt: list[bytes]) -> list[bool]:
+    nodes = session.branch.nodes
+    return [key in nodes and nodes[key].ready(TierId.DISK) is not None for key in prompt]  # type: ignore[index]
+
+
+async def test_write_through_writes_what_is_committed(tmp_path: Path) -> None:
+    async with harness(tmp_path, writing=Writing(When.WRITE_THROUGH)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 3))
+        assert await written(h) == 3
+        assert h.placement.counters.disk_written_bytes_commit == 3 * 4096
+
+
+async def test_demote_writes_what_ram_is_about_to_give_up(tmp_path: Path) -> None:
+    async with harness(tmp_path, slots=16, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        prompts = [h.chain_of(session, 4, seed=seed) for seed in range(8)]
+        h.put(session, prompts[0])
+        assert await written(h) == 0, "there is room in RAM"
+        for prompt in prompts[1:]:
+            h.put(session, prompt)
+            await written(h)
+        assert h.placement.counters.disk_written_bytes_demotion > 0
+        for prompt in prompts:
+            assert h.cache.lookup(session, prompt.keys)[0] == 4, "nothing was lost on the way"
+        young = on_disk(h, session, list(prompts[-1].keys))
+        assert not all(young), "the youngest is in RAM alone"
+
+
+async def test_what_the_disk_is_still_to_have_goes_last(tmp_path: Path) -> None:
+    async with harness(tmp_path, slots=4, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        saved, unsaved = h.chain_of(session, 2, seed=1), h.chain_of(session, 2, seed=2)
+        h.put(session, unsaved)
+        h.put(session, saved)
+        await written(h)
+        h.store.gate.clear()  # from now on the disk writes nothing
+        victims = set(h.placement.index.victims(session.branch.tenant, TierId.CPU, 1000.0))
+        assert victims
+        h.put(session, h.chain_of(session, 2, seed=3))
+        held = [h.cache.lookup(session, prompt.keys)[0] for prompt in (saved, unsaved)]
+        assert held == [2, 2]
+        h.store.gate.set()
+
+
+async def test_second_touch_writes_what_is_asked_for_again(tmp_path: Path) -> None:
+    async with harness(tmp_path, slots=8, writing=Writing(When.SECOND_TOUCH)) as h:
+        session = h.session()
+        once, twice = h.chain_of(session, 2, seed=1), h.chain_of(session, 3, seed=2)
+        h.put(session, once)
+        h.put(session, twice)
+        assert await written(h) == 0
+        _, _, lease = await h.get(session, twice[:2])
+        session.leases.end(lease)
+        assert await written(h) == 2
+        assert h.placement.counters.disk_written_bytes_second_touch == 2 * 4096
+        for seed in range(3, 6):
+            h.put(session, h.chain_of(session, 4, seed=seed))
+        assert h.cache.lookup(session, once.keys) == (0, 0)
+        assert h.cache.lookup(session, twice.keys) == (2, 0)
+
+
+class Foreseeing:
+    """Stands before a policy and knows the future."""
+
+    def __init__(self, reuse: float) -> None:
+        self.chance = reuse
+
+    def reuse(self, entry: object, now_s: float) -> float:
+        return self.chance
+
+
+@pytest.mark.parametrize(("chance", "expected"), [(0.29, 0), (0.31, 2)])
+async def test_reuse_writes_what_is_likely_enough(
+    tmp_path: Path, chance: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with harness(tmp_path, slots=8, writing=Writing(When.REUSE, 0.3)) as h:
+        session = h.session()
+        policy = session.branch.tenant.policies[TierId.CPU]
+        monkeypatch.setattr(type(policy), "reuse", Foreseeing(chance).reuse)
+        h.put(session, h.chain_of(session, 2))
+        demotion = Demotion(h.placement, Writing(When.REUSE, 0.3), h.write_behind.add)
+        demotion.stopping()
+        assert await written(h) == expected
+        assert h.placement.counters.disk_written_bytes_stop == expected * 4096
+
+
+async def test_a_stop_writes_what_only_ram_has(tmp_path: Path) -> None:
+    async with harness(tmp_path, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        prompt = h.chain_of(session, 5)
+        h.put(session, prompt)
+        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind.add).stopping()
+        assert await written(h) == 5
+        h.only_on_disk()
+        assert (await h.get(session, prompt))[0] == 5
+
+
+async def test_a_promoted_chunk_keeps_its_disk_copy(tmp_path: Path) -> None:
+    async with harness(tmp_path, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        prompt = h.chain_of(session, 2)
+        h.put(session, prompt)
+        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind.add).stopping()
+        await written(h)
+        h.only_on_disk()
+        await h.get(session, prompt)
+        assert h.cache.lookup(session, prompt.keys) == (2, 2)
+        assert on_disk(h, session, list(prompt.keys)) == [True, True]
+        transactions = len(h.store.transactions)
+        h.only_on_disk()
+        await written(h)
+        assert len(h.store.transactions) == transactions, "it is not written again"

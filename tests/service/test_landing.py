@@ -1,0 +1,92 @@
+"""Chunks that RAM's policy would not keep and the disk's would."""
+
+from pathlib import Path
+
+import pytest
+
+from kvtier.service.answers import ReserveOutcome
+from kvtier.service.demotion import When, Writing
+from kvtier.tiers.base import Coming
+from kvtier.tiers.policies.lru import Lru
+from kvtier.tiers.tree import Replica, TierId
+from tests.core import Harness, harness
+from tests.fakes import MemoryStore
+
+WRITE, NOT_WORTH = ReserveOutcome.WRITE, ReserveOutcome.NOT_WORTH
+SETTLED_S = 60.0
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> list[TierId]:
+    """Tiers whose policy lets nothing in that something would have to go for."""
+    refusing: list[TierId] = []
+
+    def admits(policy: Lru[Replica], coming: Coming, over: Replica) -> bool:
+        return over.tier not in refusing
+
+    monkeypatch.setattr(Lru, "admits", admits)
+    return refusing
+
+
+async def on_disk(h: Harness) -> int:
+    assert await h.write_behind.flush(SETTLED_S)
+    return h.placement.index.chunks[TierId.DISK]
+
+
+async def test_they_reach_the_disk_through_a_part_of_ram(
+    tmp_path: Path, picky: list[TierId]
+) -> None:
+    async with harness(tmp_path, slots=32) as h:
+        session = h.session()
+        kept = h.chain_of(session, 32)
+        h.put(session, kept)
+        await on_disk(h)
+        picky.append(TierId.CPU)
+        for seed in range(1, 4):
+            outcomes = h.put(session, h.chain_of(session, 6, seed=seed))
+            assert outcomes[0] is (WRITE if seed == 1 else NOT_WORTH)
+            if seed == 1:
+                assert outcomes == [WRITE] * 4 + [NOT_WORTH] * 2, "an eighth of RAM"
+        assert await on_disk(h) == 36
+        assert h.cache.lookup(session, kept.keys)[1] == 28, "the rest of RAM stays"
+
+
+async def test_they_land_again_once_those_before_have_gone(
+    tmp_path: Path, picky: list[TierId]
+) -> None:
+    async with harness(tmp_path, slots=32) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 32))
+        picky.append(TierId.CPU)
+        for seed in range(1, 6):
+            assert h.put(session, h.chain_of(session, 4, seed=seed)) == [WRITE] * 4
+            await on_disk(h)
+            h.only_on_disk()
+            picky.clear()
+            h.put(session, h.chain_of(session, 32, seed=100 + seed))
+            picky.append(TierId.CPU)
+            await on_disk(h)
+
+
+async def test_nothing_lands_that_the_disk_does_not_keep(
+    tmp_path: Path, picky: list[TierId]
+) -> None:
+    async with harness(tmp_path, slots=8, store=MemoryStore(capacity_bytes=8 * 4096)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 8))
+        assert await on_disk(h) == 8
+        picky += [TierId.CPU, TierId.DISK]
+        assert h.put(session, h.chain_of(session, 2, seed=1)) == [NOT_WORTH] * 2
+        picky.remove(TierId.DISK)
+        assert h.put(session, h.chain_of(session, 2, seed=1)) == [WRITE, NOT_WORTH]
+
+
+@pytest.mark.parametrize("when", [When.SECOND_TOUCH, When.REUSE])
+async def test_nothing_lands_that_is_not_written(
+    tmp_path: Path, picky: list[TierId], when: When
+) -> None:
+    async with harness(tmp_path, slots=8, writing=Writing(when)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 8))
+        picky.append(TierId.CPU)
+        assert h.put(session, h.chain_of(session, 2, seed=1)) == [NOT_WORTH] * 2
