@@ -197,7 +197,7 @@ def _join_disk(placement: Placement, disk: Disk) -> DiskSide | None:
     interval_s = disk.commit_interval_ms / 1000
     write_behind = WriteBehind(placement, mover, disk.commit_bytes, interval_s)
     writing = Writing(When(disk.write), disk.write_reuse_percent / 100)
-    demotion = Demotion(placement, writing, write_behind.add)
+    demotion = Demotion(placement, writing, write_behind)
     placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
     placement.is_unsaved = demotion.is_unsaved
     journal = Journal(disk.directory, placement.clock, _journal_file_bytes(disk))

@@ -9,9 +9,10 @@ A clean stop writes whatever the rule would have written in the end. A copy on d
 the chunk is promoted. Which of these writes how much is measured in docs/eviction.md.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from kvtier.service.placement import Placement
 from kvtier.tiers.tree import Node, Replica, TierId
@@ -54,26 +55,28 @@ class Writing:
     least_reuse: float = 0.3
 
 
+class Queue(Protocol):
+    """Chunks to be written."""
+
+    def add(self, nodes: Iterable[Node], cause: Cause) -> None: ...
+    def __contains__(self, node: Node) -> bool: ...
+
+
 class Demotion:
-    """Tells `write` which chunks of RAM the disk is to have, ancestors before what continues
+    """Tells a queue which chunks of RAM the disk is to have, ancestors before what continues
     them."""
 
-    def __init__(
-        self,
-        placement: Placement,
-        writing: Writing,
-        write: Callable[[Iterable[Node], Cause], None],
-    ) -> None:
+    def __init__(self, placement: Placement, writing: Writing, queue: Queue) -> None:
         self._placement = placement
         self._writing = writing
-        self._write = write
+        self._queue = queue
         self._ahead_bytes = placement.memory.arena.nbytes // _AHEAD_SHARE
         self._since_bytes = 0  # committed since the last look ahead
 
     def committed(self, nodes: Sequence[Node]) -> None:
         """Chunks are new in RAM, in prompt order."""
         if self._writing.when is When.WRITE_THROUGH:
-            self._write(nodes, Cause.COMMIT)
+            self._queue.add(nodes, Cause.COMMIT)
         elif self._writing.when is not When.SECOND_TOUCH:
             self._since_bytes += sum(node.branch.nbytes for node in nodes)
             self._look_ahead()
@@ -146,8 +149,8 @@ class Demotion:
         returns how many bytes that is at most."""
         path: list[Node] = []
         above: Node | None = node
-        while above is not None and above.in_disk is None:
+        while above is not None and above.in_disk is None and above not in self._queue:
             path.append(above)
             above = above.parent
-        self._write(reversed(path), cause)
+        self._queue.add(reversed(path), cause)
         return len(path) * node.branch.nbytes

@@ -27,7 +27,7 @@ from kvtier.tiers.tree import Branch, Node, Replica, State, Tenant, TierId
 # What VRAM alone has is brought down so many chunks at a time, while room is looked for.
 _MOST_LONELY = 8
 # Victims passed over because the disk is still to have them, while room is looked for.
-_MOST_UNSAVED = 32
+_MOST_UNSAVED = 8
 
 
 class Refusal(Enum):

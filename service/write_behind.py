@@ -62,6 +62,10 @@ class WriteBehind:
         if self._enough:
             self._full.set()
 
+    def __contains__(self, node: Node) -> bool:
+        """Whether a chunk waits to be written; then all before it is on its way, too."""
+        return node in self._dirty
+
     async def flush(self, timeout_s: float) -> bool:
         """Write everything now; False when time ran out first."""
         self._full.set()

@@ -182,7 +182,7 @@ async def harness(
     raisings = Raisings(placement, vram) if vram is not None else None
     write_behind = WriteBehind(placement, mover, 1 << 20, 0.001)
     writing = writing or Writing(When.WRITE_THROUGH)
-    demotion = Demotion(placement, writing, write_behind.add)
+    demotion = Demotion(placement, writing, write_behind)
     placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
     placement.is_unsaved = demotion.is_unsaved
     write_behind.start()

@@ -99,7 +99,7 @@ async def test_reuse_writes_what_is_likely_enough(
         policy = session.branch.tenant.policies[TierId.CPU]
         monkeypatch.setattr(type(policy), "reuse", Foreseeing(chance).reuse)
         h.put(session, h.chain_of(session, 2))
-        demotion = Demotion(h.placement, Writing(When.REUSE, 0.3), h.write_behind.add)
+        demotion = Demotion(h.placement, Writing(When.REUSE, 0.3), h.write_behind)
         demotion.stopping()
         assert await written(h) == expected
         assert h.placement.counters.disk_written_bytes_stop == expected * 4096
@@ -110,7 +110,7 @@ async def test_a_stop_writes_what_only_ram_has(tmp_path: Path) -> None:
         session = h.session()
         prompt = h.chain_of(session, 5)
         h.put(session, prompt)
-        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind.add).stopping()
+        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind).stopping()
         assert await written(h) == 5
         h.only_on_disk()
         assert (await h.get(session, prompt))[0] == 5
@@ -121,7 +121,7 @@ async def test_a_promoted_chunk_keeps_its_disk_copy(tmp_path: Path) -> None:
         session = h.session()
         prompt = h.chain_of(session, 2)
         h.put(session, prompt)
-        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind.add).stopping()
+        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind).stopping()
         await written(h)
         h.only_on_disk()
         await h.get(session, prompt)
