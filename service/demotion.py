@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Protocol
 
 from kvtier.service.placement import Placement
-from kvtier.tiers.tree import Node, Replica, TierId
+from kvtier.tiers.tree import Node, Replica, Tenant, TierId
 
 # What is written ahead of its eviction, as a part of RAM: enough for the disk to keep up with a
 # burst, little enough that most of RAM is not on disk twice.
@@ -70,7 +70,9 @@ class Demotion:
         self._placement = placement
         self._writing = writing
         self._queue = queue
-        self._ahead_bytes = placement.memory.arena.nbytes // _AHEAD_SHARE
+        shares = placement.shares
+        most_bytes = shares.capacity[TierId.CPU] * shares.quota_percent[TierId.CPU] // 100
+        self._ahead_bytes = most_bytes // _AHEAD_SHARE
         self._since_bytes = 0  # committed since the last look ahead
 
     def committed(self, nodes: Sequence[Node]) -> None:
@@ -79,7 +81,7 @@ class Demotion:
             self._queue.add(nodes, Cause.COMMIT)
         elif self._writing.when is not When.SECOND_TOUCH:
             self._since_bytes += sum(node.branch.nbytes for node in nodes)
-            self._look_ahead()
+            self._look_ahead(nodes[0].branch.tenant)
 
     def asked(self, run: Sequence[Node]) -> None:
         """Held chunks are asked for."""
@@ -126,21 +128,26 @@ class Demotion:
         policy = replica.node.branch.tenant.policies[TierId.CPU]
         return policy.reuse(replica, self._placement.clock()) >= self._writing.least_reuse
 
-    def _look_ahead(self) -> None:
-        """Write what RAM is going to give up next, each time that a part of the bytes ahead has
-        come in."""
-        arena = self._placement.memory.arena
-        free_bytes = arena.nbytes - arena.used_bytes
-        if free_bytes >= self._ahead_bytes or self._since_bytes * 4 < self._ahead_bytes:
+    def _look_ahead(self, asker: Tenant) -> None:
+        """Write what RAM is going to give up next for a tenant that stores, each time that a part
+        of the bytes ahead has come in."""
+        if self._since_bytes * 4 < self._ahead_bytes:
             return
+        arena, shares = self._placement.memory.arena, self._placement.shares
+        losers = iter((asker,))
+        if shares.within_quota(asker, TierId.CPU, self._ahead_bytes):
+            if arena.nbytes - arena.used_bytes >= self._ahead_bytes:
+                return
+            losers = shares.losers(TierId.CPU, asker)
         self._since_bytes = 0
         ahead = looked_at = 0
-        for tenant in self._placement.index.tenants:
+        for tenant in losers:
             victims = self._placement.index.victims(tenant, TierId.CPU, self._placement.clock())
             for replica in victims:
                 self.is_unsaved(replica)
-                ahead += replica.node.branch.nbytes
-                looked_at += 1
+                chunks = _going_with(replica.node)
+                ahead += chunks * replica.node.branch.nbytes
+                looked_at += chunks
                 if ahead >= self._ahead_bytes or looked_at >= _MOST_LOOKED_AT:
                     return
 
@@ -154,3 +161,14 @@ class Demotion:
             above = above.parent
         self._queue.add(reversed(path), cause)
         return len(path) * node.branch.nbytes
+
+
+def _going_with(leaf: Node) -> int:
+    """How many chunks RAM can give up one after the other from a leaf on, before another leaf is in
+    the way; counted as far as anyone looks."""
+    chunks = 1
+    above = leaf.parent
+    while above is not None and above.cpu_children == 1 and chunks < _MOST_LOOKED_AT:
+        chunks += 1
+        above = above.parent
+    return chunks

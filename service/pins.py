@@ -121,11 +121,13 @@ class Pins:
         self._ticking = asyncio.create_task(self._watch(), name="kvtier-pins")
 
     async def close(self) -> None:
-        """End the ticks."""
+        """End the ticks and all pins: what they kept is to be written like everything else."""
         if self._ticking is not None:
             self._ticking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._ticking
+        for pin in [pin for tenant in self._tenants.values() for pin in tenant.pins.values()]:
+            self._end(pin)
 
     async def _watch(self) -> None:
         while True:

@@ -182,17 +182,18 @@ class Placement:
 
     def _make_room(self, tier: TierId, branch: Branch, coming: Coming | None) -> Slot | Refusal:
         arena, slot_bytes = self._arena(tier), slot_bytes_of(branch.nbytes)
-        stuck: set[Slab] = set()
+        stuck: set[tuple[Slab, bool]] = set()
         for victim in self._victims(tier, branch.tenant):
             slab = victim.slot.slab
-            if slab in stuck:
+            unsaved = tier is TierId.GPU or self.is_unsaved(victim)
+            if (slab, unsaved) in stuck:
                 continue
             if not self._is_worth(coming, branch, victim):
                 return Refusal.NOT_WORTH
             if slab.slot_bytes == slot_bytes:
                 self.evict(victim, self._why(branch, victim))
-            elif not self._empty_slab(slab, tier):
-                stuck.add(slab)
+            elif not self._empty_slab(slab, tier, unsaved=unsaved):
+                stuck.add((slab, unsaved))
                 continue
             slot = arena.allocate(branch.nbytes)
             if slot is not None:
@@ -204,7 +205,7 @@ class Placement:
         tenant = branch.tenant
         if self.shares.within_quota(tenant, tier, branch.nbytes):
             return None
-        for victim in self.index.victims(tenant, tier, self.clock()):
+        for victim in self._victims_of(tenant, tier):
             if not self._is_worth(coming, branch, victim):
                 return Refusal.QUOTA
             self.evict(victim, Why.OWN_QUOTA)
@@ -223,12 +224,14 @@ class Placement:
     def _victims(self, tier: TierId, asker: Tenant) -> Iterator[Replica]:
         """What a tier may give up for a chunk of the asker's."""
         for tenant in self.shares.losers(tier, asker):
-            victims = self.index.victims(tenant, tier, self.clock())
-            if tier is TierId.GPU:
-                victims = self._doubled(victims)
-            elif tier is TierId.CPU:
-                victims = self._saved_first(tenant)
-            yield from victims
+            yield from self._victims_of(tenant, tier)
+
+    def _victims_of(self, tenant: Tenant, tier: TierId) -> Iterator[Replica]:
+        """What a tier may give up of a tenant's."""
+        if tier is TierId.CPU:
+            return self._saved_first(tenant)
+        victims = self.index.victims(tenant, tier, self.clock())
+        return self._doubled(victims) if tier is TierId.GPU else victims
 
     def _doubled(self, victims: Iterator[Replica]) -> Iterator[Replica]:
         """Of VRAM's victims those that another tier has as well; others are on their way there."""
@@ -255,17 +258,13 @@ class Placement:
                 break
         yield from self.index.victims(tenant, TierId.CPU, self.clock())
 
-    def _empty_slab(self, slab: Slab, tier: TierId) -> bool:
+    def _empty_slab(self, slab: Slab, tier: TierId, *, unsaved: bool) -> bool:
         """Move a slab to another layout by evicting all in it; False when something there is
-        leased, or nowhere else."""
-        doomed: dict[Replica, None] = {}
-        for resident in self._residents[slab]:
-            for node in resident.node.subtree():
-                replica = node.replica(tier)
-                if replica is not None:
-                    doomed.pop(replica, None)  # a child always comes after its parent
-                    doomed[replica] = None
+        leased, or nowhere else, or, without `unsaved`, when the disk is still to have some."""
+        doomed = self._hanging_on(slab, tier)
         if any(replica.pins or replica.state is not State.READY for replica in doomed):
+            return False
+        if not unsaved and [each for each in doomed if self.is_unsaved(each)]:  # all are queued
             return False
         for replica in reversed(doomed):
             if not replica.evictable:
@@ -274,6 +273,18 @@ class Placement:
                 return False
             self.evict(replica, Why.LAYOUT)
         return True
+
+    def _hanging_on(self, slab: Slab, tier: TierId) -> list[Replica]:
+        """A slab's replicas and all that continue them in their tier, children after their
+        parents."""
+        found: dict[Replica, None] = {}
+        for resident in self._residents[slab]:
+            for node in resident.node.subtree():
+                replica = node.replica(tier)
+                if replica is not None:
+                    found.pop(replica, None)  # a child always comes after its parent
+                    found[replica] = None
+        return list(found)
 
     # ── disk ──────────────────────────────────────────────────────────────────────────────────────
 

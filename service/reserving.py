@@ -103,8 +103,9 @@ class Reserving:
         self, above: Node | None, keys: Sequence[ChunkKey], index: int, *, admit: bool
     ) -> Replica | Refusal:
         branch, tree = self._branch, self._placement.index
-        if not admit:
-            del self._coming[TierId.CPU, index]  # that arrival was refused
+        if not admit:  # that arrival was refused; of what follows, each chunk is asked for again
+            [anew] = self._arrive(TierId.CPU, above, keys[index : index + 1])
+            self._coming[TierId.CPU, index] = anew
         coming = self._expect(TierId.CPU, above, keys, index)
         kept = above.ready(TierId.CPU) if above is not None else None
 
@@ -126,8 +127,10 @@ class Reserving:
     ) -> Coming:
         """What a tier's policy takes a chunk to be; asked once for all that follow it."""
         if (tier, index) not in self._coming:
-            now_s, label = self._created_s, self._label
-            tree = self._placement.index
-            rest = tree.arrival(self._branch, tier, above, keys[index:], now_s, label)
+            rest = self._arrive(tier, above, keys[index:])
             self._coming |= {(tier, place): each for place, each in enumerate(rest, index)}
         return self._coming[tier, index]
+
+    def _arrive(self, tier: TierId, above: Node | None, keys: Sequence[ChunkKey]) -> list[Coming]:
+        tree, label = self._placement.index, self._label
+        return tree.arrival(self._branch, tier, above, keys, self._created_s, label)

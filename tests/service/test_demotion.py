@@ -6,8 +6,9 @@ import pytest
 
 from kvtier.service.demotion import Demotion, When, Writing
 from kvtier.service.sessions import Session
+from kvtier.spaces import Layout, Space
 from kvtier.tiers.tree import TierId
-from tests.core import Harness, harness
+from tests.core import CHUNK_TOKENS, Harness, harness, space
 
 SETTLED_S = 60.0
 
@@ -61,6 +62,48 @@ async def test_what_the_disk_is_still_to_have_goes_last(tmp_path: Path) -> None:
         held = [h.cache.lookup(session, prompt.keys)[0] for prompt in (saved, unsaved)]
         assert held == [2, 2]
         h.store.gate.set()
+
+
+async def test_what_a_quota_costs_is_written_first(tmp_path: Path) -> None:
+    quota = {TierId.GPU: 100, TierId.CPU: 25, TierId.DISK: 100}
+    async with harness(tmp_path, 64, writing=Writing(When.DEMOTE), quota_percent=quota) as h:
+        session = h.session()
+        prompts = [h.chain_of(session, 4, seed=seed) for seed in range(12)]
+        for prompt in prompts:
+            h.put(session, prompt)
+            await written(h)
+        assert h.placement.index.chunks[TierId.CPU] == 16
+        assert [h.cache.lookup(session, prompt.keys)[0] for prompt in prompts] == [4] * 12
+
+
+async def test_what_the_one_who_stores_would_lose_is_written_ahead(tmp_path: Path) -> None:
+    async with harness(tmp_path, slots=64, writing=Writing(When.DEMOTE)) as h:
+        quiet, loud = h.session(space(tenant="quiet")), h.session(space(tenant="loud"))
+        for seed in range(16):  # more than is written ahead
+            h.put(quiet, h.chain_of(quiet, 1, seed=seed))
+        prompts = [h.chain_of(loud, 4, seed=seed) for seed in range(11)]
+        for prompt in prompts:
+            h.put(loud, prompt)
+            await written(h)
+        assert on_disk(h, loud, list(prompts[0].keys)) == [True] * 4
+        quiet_ones = quiet.branch.nodes.values()
+        assert not any(node.in_disk for node in quiet_ones), "nobody takes their room"
+
+
+async def test_a_slab_that_moves_to_another_layout_costs_nothing_unwritten(tmp_path: Path) -> None:
+    wide = Space("wide", Layout("int8", 6, 2, 64, tokens=CHUNK_TOKENS, planes=2))
+    async with harness(tmp_path, slots=256, writing=Writing(When.DEMOTE)) as h:
+        narrow, other = h.session(), h.session(wide)
+        start = list(range(16))  # what all prompts share is in one of the slabs
+        for seed in range(62):
+            h.put(narrow, h.prefix(narrow, start + [1000 * (seed + 1) + n for n in range(16)]))
+            await written(h)
+        held = sum(node.held for node in narrow.branch.nodes.values())
+        prompt = h.chain_of(other, 4)
+        answers = h.cache.reserve(other, 9999, prompt.keys, prompt.parent)
+        assert all(answer.slot for answer in answers)
+        h.cache.abort(other, 9999)
+        assert sum(node.held for node in narrow.branch.nodes.values()) == held
 
 
 async def test_second_touch_writes_what_is_asked_for_again(tmp_path: Path) -> None:
@@ -131,3 +174,12 @@ async def test_a_promoted_chunk_keeps_its_disk_copy(tmp_path: Path) -> None:
         h.only_on_disk()
         await written(h)
         assert len(h.store.transactions) == transactions, "it is not written again"
+
+
+async def test_most_of_ram_is_not_written_ahead(tmp_path: Path) -> None:
+    async with harness(tmp_path, slots=256, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        for seed in range(31):
+            h.put(session, h.chain_of(session, 8, seed=seed))
+            await written(h)
+        assert 0 < await written(h) <= 256 // 4

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.service.learning import FILE, Learning, pack, unpack
+from kvtier.service.learning import FILE, MOST_BYTES, Learning, pack, unpack
+from kvtier.tiers.policies.classes import BINS, FineClasses
+from kvtier.tiers.policies.learner import LABELS
+from kvtier.tiers.policies.tables import encode
 from tests.loops import turn
 
 
@@ -44,6 +48,21 @@ async def test_learning_waits_until_the_answer_is_given(tmp_path: Path) -> None:
     assert eager.learned == 0
     await turn()
     assert (idle.learned, eager.learned) == (0, 1)
+
+
+def test_the_largest_tables_there_can_be_fit_in_the_file() -> None:
+    """Every class met with every label, in RAM and on disk, and no two counts alike; nobody says
+    anything of what is in VRAM."""
+    random, classes = np.random.default_rng(1), FineClasses().count
+
+    def table(labels: int) -> bytes:
+        counts = np.exp(random.normal(3, 3, (2, labels * classes, BINS)))
+        return encode(list(counts), classes)
+
+    tables = {"CPU.gix": table(LABELS), "DISK.gix": table(LABELS), "GPU.gix": table(1)}
+    packed = pack(tables)
+    assert len(packed) <= MOST_BYTES
+    assert unpack(packed) == tables
 
 
 async def test_what_was_learned_outlives_the_service(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import asyncio
 from pathlib import Path
 
 from kvtier.service.answers import LoadStop, ReserveOutcome
+from kvtier.service.demotion import Demotion, When, Writing
 from kvtier.service.pins import Terms
 from kvtier.tiers.base import Outcome
+from kvtier.tiers.tree import TierId
 from tests.core import SLOT_BYTES, harness
 from tests.service.test_pins import flood, held, pin, unpin
 
@@ -22,6 +24,18 @@ async def test_only_pins_made_so_end_with_their_session(tmp_path: Path) -> None:
         h.cache.end_session(session)
         listed = [each for each, _ in h.cache.pins.listed(other)]
         assert listed == [lasting.pin, others.pin]
+
+
+async def test_at_a_stop_all_pins_end(tmp_path: Path) -> None:
+    async with harness(tmp_path, writing=Writing(When.DEMOTE)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 3))
+        pin(h, session, h.chain_of(session, 3))
+        await h.cache.pins.close()
+        assert h.cache.pins.listed(session) == []
+        Demotion(h.placement, Writing(When.DEMOTE), h.write_behind).stopping()
+        assert await h.write_behind.flush(60.0)
+        assert h.placement.index.chunks[TierId.DISK] == 3, "and what they kept is written"
 
 
 # ── what wins over a pin ──────────────────────────────────────────────────────────────────────────

@@ -43,16 +43,15 @@ class Shades(Generic[TraitsT]):
 
     def match(self, keys: Sequence[ChunkKey]) -> list[tuple[Shade[TraitsT], int]]:
         """The ghosts that these keys begin with: how many of which shades."""
-        found: list[tuple[Shade[TraitsT], int]] = []
+        found: dict[Shade[TraitsT], int] = {}
         place = 0
         while place < len(keys):
             shade = self._by_first.get(fingerprint(keys[place]))
-            if shade is None or (found and any(shade is known for known, _ in found)):
+            if shade is None or shade in found:
                 break
-            matching = _matching(shade, keys, place)
-            found.append((shade, matching))
+            matching = found[shade] = _matching(shade, keys, place)
             place += matching
-        return found
+        return list(found.items())
 
     def fade(
         self, key: ChunkKey, below: Shade[TraitsT] | None, traits: TraitsT, ends: int
@@ -142,7 +141,8 @@ class Shades(Generic[TraitsT]):
 
 def _matching(shade: Shade[TraitsT], keys: Sequence[ChunkKey], place: int) -> int:
     matching = 0
-    for known, key in zip(reversed(shade.prints), keys[place:], strict=False):
+    following = keys[place : place + len(shade.prints)]
+    for known, key in zip(reversed(shade.prints), following, strict=False):
         if known != fingerprint(key):
             break
         matching += 1
