@@ -16,7 +16,15 @@ from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 from kvtier.tiers.arena import Slot
 from kvtier.tiers.base import Coming, Policy, Record
-from kvtier.tiers.tree import Branch, Node, Replica, State, Tenant, TierId
+from kvtier.tiers.tree import (
+    Branch,
+    Node,
+    Replica,
+    State,
+    Tenant,
+    TierId,
+    leading_replicas,
+)
 
 
 class Index:
@@ -87,7 +95,9 @@ class Index:
         nodes = branch.nodes
         for key in keys:
             node = nodes.get(key)
-            if node is None or not node.ready_count or node.created_s < newer_than_s:
+            if node is None or not node.ready_count:
+                break
+            if newer_than_s and node.created_s < newer_than_s:
                 break
             run.append(node)
         return run
@@ -108,7 +118,7 @@ class Index:
         from the root on, `beyond` the keys after them."""
         branch.tenant.asked_s = now_s
         for tier in self._tiers:
-            path = _leading(run, tier)
+            path = leading_replicas(run, tier)
             missing = [*(node.key for node in run[len(path) :]), *beyond]
             branch.tenant.policies[tier].asked(path, missing, now_s)
 
@@ -116,7 +126,7 @@ class Index:
         """Tell the policies what the engine says of held chunks that it has just used, from the
         root on. VRAM's copies follow what is asked for there, and nothing else."""
         for tier in self._tiers:
-            path = _leading(run, tier)
+            path = leading_replicas(run, tier)
             if path and tier is not TierId.GPU:
                 path[0].node.branch.tenant.policies[tier].hinted(path, label, now_s)
 
@@ -311,20 +321,6 @@ class Index:
             offered = [v for tenant in self.tenants for v in self.victims(tenant, tier, 0.0)]
             assert len(offered) == len(set(offered)), "a victim is offered twice"
             assert {replica for replica in ready if replica.evictable} == {*offered}
-
-
-def _leading(run: Sequence[Node], tier: TierId) -> list[Replica]:
-    """A tier's replicas of the leading chunks that it has, as far as each continues the one before
-    it: what a client names need not."""
-    path: list[Replica] = []
-    last: Node | None = None
-    for node in run:
-        replica = node.ready(tier)
-        if replica is None or node.parent is not last:
-            break
-        path.append(replica)
-        last = node
-    return path
 
 
 def _check_node(branch: Branch, key: ChunkKey, node: Node) -> None:

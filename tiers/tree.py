@@ -1,6 +1,6 @@
 """What the index is made of: chunks in a tree, their replicas in the tiers, and whose they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
@@ -184,3 +184,18 @@ class Node:
         for node in found:
             found.extend(node.children())
         return found
+
+
+def leading_replicas(run: Sequence[Node], tier: TierId) -> list[Replica]:
+    """A tier's readable replicas of the leading chunks that it has, as far as each continues the
+    one before it: what a client names need not."""
+    path: list[Replica] = []
+    slot, ready = _REPLICA[tier], State.READY
+    last: Node | None = None
+    for node in run:  # on the way of every request
+        replica: Replica | None = getattr(node, slot)
+        if replica is None or replica.state is not ready or node.parent is not last:
+            break
+        path.append(replica)
+        last = node
+    return path
