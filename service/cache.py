@@ -308,7 +308,7 @@ class Cache:
     def evict(self, session: Session, keys: Sequence[ChunkKey], *, whole_space: bool) -> int:
         """Remove chunks of the session's space and all that continues them; returns how many."""
         nodes = session.branch.nodes
-        doomed = list(nodes) if whole_space else list(keys)
+        doomed = [node.key for node in nodes] if whole_space else list(keys)
         return sum(
             self.placement.lose(node, Why.REMOVED)
             for key in doomed

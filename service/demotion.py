@@ -119,7 +119,7 @@ class Demotion:
         return all(
             node.ready(TierId.DISK) is not None or not node.held
             for space in index.spaces
-            for node in index.branch(space).nodes.values()
+            for node in index.branch(space).nodes
         )
 
     def _wants(self, replica: Replica) -> bool:
@@ -168,7 +168,7 @@ def _going_with(leaf: Node) -> int:
     the way; counted as far as anyone looks."""
     chunks = 1
     above = leaf.parent
-    while above is not None and above.cpu_children == 1 and chunks < _MOST_LOOKED_AT:
+    while above is not None and above.children_in(TierId.CPU) == 1 and chunks < _MOST_LOOKED_AT:
         chunks += 1
         above = above.parent
     return chunks

@@ -167,6 +167,6 @@ class Explainer:
     def _never_stored(self, branch: Branch, keys: Sequence[ChunkKey], first: int) -> Explanation:
         detail = "no chunk of this space was stored under this key"
         above = branch.nodes.get(keys[first - 1]) if first else None
-        if above is not None and above.first_child is not None:
+        if above is not None and above.below is not None:
             detail += f"; stored prompts part from this one in chunk {first}"
         return Explanation(KeyState.NEVER_STORED, detail)

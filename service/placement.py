@@ -100,7 +100,7 @@ class Placement:
             capacity[TierId.DISK] = store.capacity_bytes
         self.index = Index(rules.make_policy, self._release, sorted(capacity))
         self.shares = Shares(self.index, capacity, rules.quota_percent, clock)
-        self._residents: dict[Slab, dict[Replica, None]] = {}
+        self._residents: dict[Slab, list[Replica | None]] = {}  # by slot
         self.on_asked: Callable[[], None] = lambda: None
         self.on_commit: Callable[[Sequence[Node]], None] = lambda nodes: None
         self.on_hit: Callable[[Sequence[Node]], None] = lambda nodes: None
@@ -160,7 +160,10 @@ class Placement:
         if isinstance(slot, Refusal):
             return slot
         replica = begin(slot)
-        self._residents.setdefault(slot.slab, {})[replica] = None
+        residents = self._residents.get(slot.slab)
+        if residents is None:
+            residents = self._residents[slot.slab] = [None] * slot.slab.slots
+        residents[slot.number] = replica
         return replica
 
     def _arena(self, tier: TierId) -> Arena:
@@ -278,7 +281,7 @@ class Placement:
         """A slab's replicas and all that continue them in their tier, children after their
         parents."""
         found: dict[Replica, None] = {}
-        for resident in self._residents[slab]:
+        for resident in filter(None, self._residents[slab]):
             for node in resident.node.subtree():
                 replica = node.replica(tier)
                 if replica is not None:
@@ -333,7 +336,7 @@ class Placement:
         that continues that goes; returns how many chunks went."""
         index = self.index
         branches = [index.branch(space) for space in index.spaces]
-        nodes = [node for branch in branches for node in branch.nodes.values() if node.in_gpu]
+        nodes = [node for branch in branches for node in branch.nodes if node.in_gpu]
         gone = 0
         for node in nodes:
             replica = node.ready(TierId.GPU)
@@ -355,11 +358,11 @@ class Placement:
 
     def _release(self, replica: Replica) -> None:
         if replica.tier is not TierId.DISK:
-            residents = self._residents[replica.slot.slab]
-            residents.pop(replica, None)
-            if not residents:
-                del self._residents[replica.slot.slab]
-            self._arena(replica.tier).free(replica.slot)
+            slot = replica.slot
+            self._residents[slot.slab][slot.number] = None
+            self._arena(replica.tier).free(slot)
+            if not slot.slab.used:
+                del self._residents[slot.slab]
         elif replica.place is not None:
             assert self.store is not None
             self.store.delete(replica.record)

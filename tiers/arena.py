@@ -41,6 +41,11 @@ class Slot:
     nbytes: int
     slab: Slab
 
+    @property
+    def number(self) -> int:
+        """Which of its slab's slots it is, from 0."""
+        return (self.offset - self.slab.offset) // self.slab.slot_bytes
+
 
 class Arena:
     """Allocates slots out of `nbytes` of memory."""

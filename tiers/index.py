@@ -11,6 +11,7 @@ A chunk is *held* when a tier has a READY replica of it. The tree keeps two prom
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
@@ -91,22 +92,28 @@ class Index:
         self, branch: Branch, keys: Sequence[ChunkKey], newer_than_s: float = 0.0
     ) -> list[Node]:
         """The longest leading run of held chunks created after the given time."""
-        run = []
-        nodes = branch.nodes
+        run: list[Node] = []
+        parts = branch.nodes.parts
+        below: Any = None
         for key in keys:
-            node = nodes.get(key)
-            if node is None or not node.ready_count:
+            if below is not None and below.key == key:  # an only child: no need to search
+                node: Node | None = below
+            else:
+                node = parts[key[0]].get(key)
+            if node is None or not node.ready_in:
                 break
             if newer_than_s and node.created_s < newer_than_s:
                 break
             run.append(node)
+            below = node.below
         return run
 
     def leading(self, run: Sequence[Node], tiers: Sequence[TierId]) -> int:
         """How many leading chunks of a run these tiers can serve."""
+        bits = sum(tier.bit for tier in tiers)
         count = 0
         for node in run:
-            if not any(node.ready(tier) for tier in tiers):
+            if not node.ready_in & bits:
                 break
             count += 1
         return count
@@ -162,8 +169,8 @@ class Index:
         if node is None:
             node = Node(branch, key, branch.nodes.get(parent), created_s)
             assert node.parent is not None or parent == branch.digest, "parent is not in the tree"
-            branch.nodes[key] = node
-            self._link(node)
+            branch.nodes.add(node)
+            node.link()
         elif not any(node.replicas):
             node.created_s = created_s  # it was only the place of a lost parent
         return node
@@ -209,7 +216,7 @@ class Index:
     def _make_ready(self, replica: Replica) -> None:
         replica.state = State.READY
         self.chunks[replica.tier] += 1
-        replica.node.ready_count += 1
+        replica.node.ready_in |= replica.tier.bit
 
     def abort(self, replica: Replica) -> None:
         """Take back a replica that was begun and not committed."""
@@ -257,11 +264,11 @@ class Index:
         if replica.state is State.READY:
             node.branch.tenant.policies[tier].removed(replica, evicted=evicted)
             self.chunks[tier] -= 1
-            node.ready_count -= 1
+            node.ready_in &= ~tier.bit
         replica.state = State.DETACHED
         replica.mark = None
         node.set_replica(tier, None)
-        if not node.ready_count:
+        if not node.held:
             self.on_gone(node)
         self._prune(node)
         if replica.pins == 0:
@@ -276,45 +283,22 @@ class Index:
 
     def _prune(self, node: Node) -> None:
         current: Node | None = node
-        while current is not None and current.first_child is None and not any(current.replicas):
-            if current.branch.nodes.get(current.key) is not current:
+        while current is not None and current.below is None and not any(current.replicas):
+            if not current.branch.nodes.discard(current):
                 return
-            del current.branch.nodes[current.key]
-            self._unlink(current)
+            current.unlink()
             current = current.parent
-
-    # ── the tree ──────────────────────────────────────────────────────────────────────────────────
-
-    def _link(self, node: Node) -> None:
-        parent = node.parent
-        if parent is None:
-            return
-        node.next = parent.first_child
-        if node.next is not None:
-            node.next.previous = node
-        parent.first_child = node
-
-    def _unlink(self, node: Node) -> None:
-        if node.parent is None:
-            return
-        if node.previous is None:
-            node.parent.first_child = node.next
-        else:
-            node.previous.next = node.next
-        if node.next is not None:
-            node.next.previous = node.previous
-        node.next = node.previous = None
 
     def check(self) -> None:
         """Assert every invariant of the tree; for tests."""
         for branch in self._branches.values():
-            for key, node in branch.nodes.items():
-                _check_node(branch, key, node)
+            for node in branch.nodes:
+                _check_node(branch, node)
         for tier in TierId:
             ready = [
                 replica
                 for branch in self._branches.values()
-                for node in branch.nodes.values()
+                for node in branch.nodes
                 if (replica := node.ready(tier))
             ]
             assert len(ready) == self.chunks[tier]
@@ -323,12 +307,16 @@ class Index:
             assert {replica for replica in ready if replica.evictable} == {*offered}
 
 
-def _check_node(branch: Branch, key: ChunkKey, node: Node) -> None:
-    assert node.key == key
+def _check_node(branch: Branch, node: Node) -> None:
+    assert branch.nodes[node.key] is node
     assert node.branch is branch
-    assert any(node.replicas) or node.first_child is not None, "an empty leaf stayed"
-    assert node.ready_count == sum(1 for tier in TierId if node.ready(tier))
-    children = list(node.children())
+    assert any(node.replicas) or node.below is not None, "an empty leaf stayed"
+    for tier in TierId:
+        found = node.replica(tier)
+        is_ready = found is not None and found.state is State.READY
+        assert bool(node.ready_in & tier.bit) == is_ready
+    children = node.children()
+    assert len(children) != 1 or node.below is children[0]
     for tier in TierId:
         assert node.children_in(tier) == sum(1 for child in children if child.replica(tier))
         replica = node.replica(tier)

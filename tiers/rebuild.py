@@ -58,7 +58,7 @@ def _coldest_first(replicas: list[Replica]) -> list[list[Replica]]:
     """Cut the trees in runs of one path each: a chunk is in the run of the youngest leaf under it,
     and the runs are in the order of those leaves."""
     taken: set[Replica] = set()
-    leaves = [replica for replica in replicas if replica.node.first_child is None]
+    leaves = [replica for replica in replicas if replica.node.below is None]
     leaves.sort(key=lambda replica: replica.node.created_s, reverse=True)
     runs = []
     for leaf in leaves:

@@ -1,14 +1,16 @@
 """What the index is made of: chunks in a tree, their replicas in the tiers, and whose they are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any
+from operator import attrgetter
+from typing import Any, overload
 
 from kvtier.chunks import ChunkKey
 from kvtier.spaces import Space
 from kvtier.tiers.arena import Slot
 from kvtier.tiers.base import Policy, Record
+from kvtier.tiers.key_table import KeyTable
 
 
 class TierId(IntEnum):
@@ -17,6 +19,11 @@ class TierId(IntEnum):
     GPU = 0
     CPU = 1
     DISK = 2
+
+    @property
+    def bit(self) -> int:
+        """Itself in a set of tiers, as an integer."""
+        return 1 << self
 
 
 class State(Enum):
@@ -65,10 +72,12 @@ class Replica:
     @property
     def evictable(self) -> bool:
         """Whether dropping it breaks no lease and leaves every held chunk's ancestors held."""
-        node = self.node
-        if self.state is not State.READY or self.pins or node.children_in(self.tier):
+        if self.state is not State.READY or self.pins:
             return False
-        return node.ready_count > 1 or node.first_child is None
+        node = self.node
+        if node.below is None:
+            return True
+        return node.ready_count > 1 and not node.children_in(self.tier)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,20 +101,33 @@ class Branch:
         self.tenant = tenant
         self.nbytes = space.layout.nbytes
         self.digest = ChunkKey(space.digest)  # the parent of every prompt's first chunk
-        self.nodes: dict[ChunkKey, Node] = {}
+        self.nodes: KeyTable[Node] = KeyTable()
 
 
-# By TierId. Single slots, not lists: there are millions of nodes.
-_REPLICA = ("in_gpu", "in_cpu", "in_disk")
-_CHILDREN = ("gpu_children", "cpu_children", "disk_children")
+_REPLICA = ("in_gpu", "in_cpu", "in_disk")  # by TierId
+
+
+class Fork:
+    """The children of a chunk that has several. `in_tier` counts, by TierId, those with a replica
+    there."""
+
+    __slots__ = ("children", "in_tier")
+    key = None  # it is no chunk
+
+    def __init__(self, children: Sequence["Node"]) -> None:
+        self.children = dict.fromkeys(children)  # in the order in which they came
+        self.in_tier = [
+            sum(map(bool, tier)) for tier in zip(*(c.replicas for c in children), strict=True)
+        ]
 
 
 class Node:
-    """One chunk in the tree. Siblings form a linked list, so that any child leaves in O(1)."""
+    """One chunk in the tree. There are millions, and nearly all have one child or none: `below` is
+    that child, or a Fork."""
 
     __slots__ = (
-        "branch", "cpu_children", "created_s", "disk_children", "first_child", "gpu_children",
-        "in_cpu", "in_disk", "in_gpu", "key", "next", "parent", "previous", "ready_count",
+        "below", "branch", "created_s", "in_cpu", "in_disk", "in_gpu", "key", "parent",
+        "ready_in",
     )  # fmt: skip
 
     def __init__(
@@ -118,13 +140,8 @@ class Node:
         self.in_gpu: Replica | None = None
         self.in_cpu: Replica | None = None
         self.in_disk: Replica | None = None
-        self.ready_count = 0  # tiers with a READY replica
-        self.gpu_children = 0  # children with a replica there
-        self.cpu_children = 0
-        self.disk_children = 0
-        self.first_child: Node | None = None
-        self.next: Node | None = None
-        self.previous: Node | None = None
+        self.ready_in = 0  # bits of the tiers with a READY replica
+        self.below: Node | Fork | None = None
 
     @property
     def replicas(self) -> tuple[Replica | None, Replica | None, Replica | None]:
@@ -138,21 +155,48 @@ class Node:
 
     def ready(self, tier: TierId) -> Replica | None:
         """The readable replica in a tier."""
-        replica: Replica | None = getattr(self, _REPLICA[tier])
-        return replica if replica is not None and replica.state is State.READY else None
+        return self.replica(tier) if self.ready_in & tier.bit else None
 
     def children_in(self, tier: TierId) -> int:
         """How many of its children have a replica in a tier."""
-        count: int = getattr(self, _CHILDREN[tier])
-        return count
+        below = self.below
+        if below is None:
+            return 0
+        if isinstance(below, Fork):
+            return below.in_tier[tier]
+        return 0 if below.replica(tier) is None else 1
 
     def set_replica(self, tier: TierId, replica: Replica | None) -> None:
-        """For the index alone: enter or remove a replica, and count it with the parent."""
+        """For the index alone: enter or remove a replica."""
         setattr(self, _REPLICA[tier], replica)
-        if self.parent is not None:
-            name = _CHILDREN[tier]
-            change = 1 if replica is not None else -1
-            setattr(self.parent, name, getattr(self.parent, name) + change)
+        if self.parent is not None and isinstance(self.parent.below, Fork):
+            self.parent.below.in_tier[tier] += 1 if replica is not None else -1
+
+    def link(self) -> None:
+        """For the index alone: be one of its parent's children. It has no replicas yet."""
+        parent = self.parent
+        if parent is None:
+            return
+        below = parent.below
+        if below is None:
+            parent.below = self
+        elif isinstance(below, Fork):
+            below.children[self] = None
+        else:
+            parent.below = Fork([below, self])
+
+    def unlink(self) -> None:
+        """For the index alone: leave its parent's children. It has no replicas any more."""
+        parent = self.parent
+        if parent is None:
+            return
+        below = parent.below
+        if isinstance(below, Fork):
+            del below.children[self]
+            if len(below.children) == 1:
+                [parent.below] = below.children
+        else:
+            parent.below = None
 
     @property
     def parent_key(self) -> ChunkKey:
@@ -161,7 +205,12 @@ class Node:
     @property
     def held(self) -> bool:
         """Whether any tier can serve this chunk."""
-        return self.ready_count > 0
+        return self.ready_in > 0
+
+    @property
+    def ready_count(self) -> int:
+        """How many tiers can serve this chunk."""
+        return self.ready_in.bit_count()
 
     def path(self) -> list["Node"]:
         """From the first chunk of the prompt to this one."""
@@ -171,12 +220,11 @@ class Node:
         found.reverse()
         return found
 
-    def children(self) -> Iterator["Node"]:
-        child = self.first_child
-        while child is not None:
-            following = child.next
-            yield child
-            child = following
+    def children(self) -> list["Node"]:
+        below = self.below
+        if below is None:
+            return []
+        return list(below.children) if isinstance(below, Fork) else [below]
 
     def subtree(self) -> list["Node"]:
         """This chunk and everything under it, children after their parents."""
@@ -186,16 +234,39 @@ class Node:
         return found
 
 
-def leading_replicas(run: Sequence[Node], tier: TierId) -> list[Replica]:
+class Path(Sequence[Replica]):
+    """A tier's replicas of a path's chunks. A replica is looked up when it is asked for: of the
+    many that a request names, a policy looks at few."""
+
+    __slots__ = ("_nodes", "_slot")
+
+    def __init__(self, nodes: Sequence[Node], tier: TierId) -> None:
+        self._nodes = nodes
+        self._slot = attrgetter(_REPLICA[tier])
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @overload
+    def __getitem__(self, place: int) -> Replica: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Replica]: ...
+    def __getitem__(self, place: int | slice) -> Replica | Sequence[Replica]:
+        if isinstance(place, slice):
+            return list(map(self._slot, self._nodes[place]))
+        found: Replica = self._slot(self._nodes[place])
+        return found
+
+
+def leading_replicas(run: Sequence[Node], tier: TierId) -> Path:
     """A tier's readable replicas of the leading chunks that it has, as far as each continues the
     one before it: what a client names need not."""
-    path: list[Replica] = []
-    slot, ready = _REPLICA[tier], State.READY
+    bit = tier.bit
+    count = 0
     last: Node | None = None
     for node in run:  # on the way of every request
-        replica: Replica | None = getattr(node, slot)
-        if replica is None or replica.state is not ready or node.parent is not last:
+        if not node.ready_in & bit or node.parent is not last:
             break
-        path.append(replica)
+        count += 1
         last = node
-    return path
+    return Path(run[:count], tier)

@@ -258,7 +258,7 @@ async def test_clients_cut_off_anywhere(tmp_path: Path, seed: int) -> None:
         held = [
             (node, replica)
             for space in SPACES
-            for node in h.placement.index.branch(space).nodes.values()
+            for node in h.placement.index.branch(space).nodes
             for replica in node.replicas
             if replica is not None
         ]

@@ -229,7 +229,7 @@ async def test_releasing_during_a_load_ends_it(tmp_path: Path) -> None:
             await waiting
         assert loading.stop is LoadStop.RELEASED
         index = h.placement.index
-        assert all(r.pins == 0 for n in session.branch.nodes.values() for r in n.replicas if r)
+        assert all(r.pins == 0 for n in session.branch.nodes for r in n.replicas if r)
         index.check()
 
 

@@ -86,7 +86,7 @@ async def test_what_the_one_who_stores_would_lose_is_written_ahead(tmp_path: Pat
             h.put(loud, prompt)
             await written(h)
         assert on_disk(h, loud, list(prompts[0].keys)) == [True] * 4
-        quiet_ones = quiet.branch.nodes.values()
+        quiet_ones = quiet.branch.nodes
         assert not any(node.in_disk for node in quiet_ones), "nobody takes their room"
 
 
@@ -98,12 +98,12 @@ async def test_a_slab_that_moves_to_another_layout_costs_nothing_unwritten(tmp_p
         for seed in range(62):
             h.put(narrow, h.prefix(narrow, start + [1000 * (seed + 1) + n for n in range(16)]))
             await written(h)
-        held = sum(node.held for node in narrow.branch.nodes.values())
+        held = sum(node.held for node in narrow.branch.nodes)
         prompt = h.chain_of(other, 4)
         answers = h.cache.reserve(other, 9999, prompt.keys, prompt.parent)
         assert all(answer.slot for answer in answers)
         h.cache.abort(other, 9999)
-        assert sum(node.held for node in narrow.branch.nodes.values()) == held
+        assert sum(node.held for node in narrow.branch.nodes) == held
 
 
 async def test_second_touch_writes_what_is_asked_for_again(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def the_books_agree(self) -> None:
         self.placement.index.check()
         arena = self.placement.memory.arena
-        there = [each for slab in self.placement._residents.values() for each in slab]
+        there = [r for slab in self.placement._residents.values() for r in slab if r is not None]
         assert arena.used_bytes == sum(slot_bytes_of(each.slot.nbytes) for each in there)
         assert arena.used_bytes <= arena.nbytes
         spans = sorted((r.slot.offset, slot_bytes_of(r.slot.nbytes)) for r in there)
@@ -296,7 +296,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.core.pin_clock_s[0] += 1e6
         self.cache.pins.expire()
         index = self.placement.index
-        held = [node for each in SPACES for node in index.branch(each).nodes.values()]
+        held = [node for each in SPACES for node in index.branch(each).nodes]
         replicas = [replica for node in held for replica in node.replicas if replica is not None]
         assert all(each.state is State.READY and not each.pins for each in replicas)
         assert len(self.store.chunks) == index.chunks[TierId.DISK]

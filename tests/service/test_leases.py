@@ -39,7 +39,7 @@ class LeaseMachine(RuleBasedStateMachine):
         return pair
 
     def _ready(self) -> list[Replica]:
-        found = [node.ready(TierId.CPU) for node in self.branch.nodes.values()]
+        found = [node.ready(TierId.CPU) for node in self.branch.nodes]
         return [replica for replica in found if replica is not None]
 
     @rule(session=st.integers(0, 1), count=st.integers(0, 4))
@@ -108,7 +108,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @invariant()
     def everything_is_counted(self) -> None:
         self.index.check()
-        replicas = [r for node in self.branch.nodes.values() for r in node.replicas if r]
+        replicas = [r for node in self.branch.nodes for r in node.replicas if r]
         assert self.arena.used_bytes == SLOT * len(replicas)
         reads = [lease for _, lease in self.open if lease.mode is Mode.READ]
         writes = [lease for _, lease in self.open if lease.mode is Mode.WRITE]

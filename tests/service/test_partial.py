@@ -243,7 +243,7 @@ async def test_pressure_leaves_no_tokens_of_what_it_took(tmp_path: Path) -> None
             store(h, session, [100 * seed + n for n in range(CHUNK_TOKENS)])
             tree = h.cache.overlaps.tree
             tree.check()
-            nodes = session.branch.nodes.values()
+            nodes = session.branch.nodes
             assert len(tree) == sum(1 for node in nodes if node.held) <= 4
             assert await load(h, session, [100 * seed, 0]) == (0, 1)
         assert await load(h, session, [100, 0]) == (0, 0)

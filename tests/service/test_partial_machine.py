@@ -92,7 +92,7 @@ class Life:
 
     def check(self) -> None:
         """Nothing is remembered of what is neither held nor being written."""
-        tree, nodes = self.h.cache.overlaps.tree, self.session.branch.nodes.values()
+        tree, nodes = self.h.cache.overlaps.tree, self.session.branch.nodes
         tree.check()
         assert len(tree) == sum(1 for node in nodes if node in tree)
         assert all(any(node.replicas) for node in nodes if node in tree)

@@ -170,7 +170,7 @@ class PinsMachine(RuleBasedStateMachine):
         assert not self.pins._tenants
         assert not self.pins._on
         for each in self.placement.index.spaces:
-            nodes = self.placement.index.branch(each).nodes.values()
+            nodes = self.placement.index.branch(each).nodes
             assert all(r is None or not r.pins for node in nodes for r in node.replicas)
             self.cache.evict(self.open(SPACES.index(each)), [], whole_space=True)
         assert self.placement.memory.arena.used_bytes == 0

@@ -46,7 +46,7 @@ async def settle(h: Harness) -> None:
 def assert_nothing_is_kept(h: Harness) -> None:
     """No slot that is not readable, no pin, and no claim."""
     for each in h.placement.index.spaces:
-        for node in h.placement.index.branch(each).nodes.values():
+        for node in h.placement.index.branch(each).nodes:
             for replica in filter(None, node.replicas):
                 assert (replica.state, replica.pins) == (State.READY, 0)
     assert not h.promotions._live

@@ -113,14 +113,14 @@ class Play:
     def replicas(self) -> list[Replica]:
         """All replicas in the tree."""
         index = self.core.placement.index
-        nodes = [node for each in SPACES for node in index.branch(each).nodes.values()]
+        nodes = [node for each in SPACES for node in index.branch(each).nodes]
         return [replica for node in nodes for replica in node.replicas if replica is not None]
 
     def check_slots(self) -> None:
         """Each arena's used bytes are its replicas' slots, and no two share one."""
         residents = self.core.placement._residents
         for tier in (TierId.GPU, TierId.CPU):
-            there = [r for slab in residents.values() for r in slab if r.tier is tier]
+            there = [r for slab in residents.values() for r in slab if r and r.tier is tier]
             assert {r for r in self.replicas() if r.tier is tier} <= set(there)
             sizes = {r.slot.offset: slot_bytes_of(r.slot.nbytes) for r in there}
             assert len(sizes) == len(there)
@@ -379,7 +379,7 @@ class VramMachine(RuleBasedStateMachine):
         assert all(replica.state is State.READY for replica in play.replicas())
         assert not any(replica.pins for replica in play.replicas())
         residents = core.placement._residents.values()
-        assert {r for slab in residents for r in slab} <= set(play.replicas())
+        assert {r for slab in residents for r in slab if r} <= set(play.replicas())
 
 
 class TestVram(VramMachine.TestCase):

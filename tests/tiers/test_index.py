@@ -75,7 +75,7 @@ def test_an_aborted_parent_leaves_no_trace_once_its_child_is_gone() -> None:
     tree.index.abort(parent)
     assert not tree.index.commit(child)
     tree.index.abort(child)
-    assert tree.branch.nodes == {}
+    assert not tree.branch.nodes
     assert tree.released == [parent, child]
 
 
@@ -287,7 +287,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(released) == len(set(released))
         assert not set(released) & set(self.pinned)
         assert not set(released) & set(self.writing)
-        attached = {r for node in self.tree.branch.nodes.values() for r in node.replicas if r}
+        attached = {r for node in self.tree.branch.nodes for r in node.replicas if r}
         assert set(self.begun) == attached | set(released) | set(self.pinned)
 
 
