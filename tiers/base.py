@@ -107,7 +107,7 @@ class Entry(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each chunk, and that would triple its cost
 class Coming:
     """A chunk about to be stored, as its tier's policy sees it: one of the keys of an arrival."""
 
@@ -158,6 +158,19 @@ class Policy(Protocol[EntryT]):
     def reuse(self, entry: EntryT, now_s: float) -> float:
         """The probability that a chunk is asked for again, as far as the policy knows; 1 where it
         does not learn."""
+        ...
+
+    def label(self, entry: EntryT) -> int:
+        """What engines said last of a chunk that was not asked for since; 0 for nothing, and where
+        the policy does not learn."""
+        ...
+
+    def likely(self, coming: Coming) -> float:
+        """As `reuse`, of a chunk that is about to be stored."""
+        ...
+
+    def closed(self) -> None:
+        """The tenant is forgotten: nothing of it is held, and nothing will be."""
         ...
 
 

@@ -35,6 +35,7 @@ class _SampledClasses:
     def __init__(self, classes: Classes, weight: int) -> None:
         self.count = classes.count
         self.seen_from = classes.seen_from
+        self.groups = classes.groups
         self.seen = classes.seen
         self._new = classes.new
         self._weight = weight

@@ -84,6 +84,8 @@ class Index:
             branch.tenant.branches -= 1
             if not branch.tenant.branches:
                 del self._tenants[branch.tenant.name]
+                for policy in branch.tenant.policies:
+                    policy.closed()
         return True
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtier.chunks import ChunkKey
 from kvtier.tiers.base import Coming, Policy
@@ -220,6 +220,15 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule()
     def learn(self) -> None:
         self.family.learner.learn()
+
+    @precondition(lambda self: not self.tier.chunks)
+    @rule()
+    def forget(self) -> None:
+        """The tenant goes, and comes back as another."""
+        self.tier.policy.closed()
+        self.tier.policy = self.family.policy()
+        self.arrivals.clear()
+        self.tier.most = 0
 
     @rule()
     def restart(self) -> None:

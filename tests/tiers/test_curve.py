@@ -3,6 +3,7 @@
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 
@@ -13,10 +14,9 @@ from hypothesis import strategies as st
 from kvtier.chunks import ChunkKey
 from kvtier.tiers.base import Coming
 from kvtier.tiers.curve import Curve, Request
-from kvtier.tiers.curve_check import compare
 from kvtier.tiers.curve_family import sampled_family
 from kvtier.tiers.curve_popular import Popular
-from kvtier.tiers.curve_replay import Chunk
+from kvtier.tiers.curve_replay import Chunk, MakeFamily, Replay
 from kvtier.tiers.policies.registry import FAMILIES, Family, NothingToLearn
 
 Timed = tuple[float, list[ChunkKey]]
@@ -158,6 +158,40 @@ def test_any_clock_will_do(policy: str, workload: list[list[ChunkKey]], times: l
         for _ in curve.steps(Request(1, keys, now_s), 0):
             pass
     assert all(0 <= point.hit_percent <= 100 for point in curve.points())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Hit percentages of the chunks asked for: sampled, and with every chunk replayed."""
+
+    predicted_percent: float
+    replayed_percent: float
+    rate: float  # of the sample
+
+
+def compare(
+    requests: Sequence[Timed],
+    capacities: Sequence[int],
+    make_family: MakeFamily,
+    most_chunks: int,
+) -> list[Agreement]:
+    """Requests through a curve, and in full at each of its capacities."""
+    curve, popular = Curve(capacities, make_family, most_chunks), Popular()
+    replays = [Replay(capacity, make_family(1)) for capacity in capacities]
+    hits = [0] * len(replays)
+    for now_s, keys in requests:
+        popular.count(keys)
+        for _ in curve.steps(Request(1, keys, now_s), popular.run(keys)):
+            pass
+        for place, replay in enumerate(replays):
+            hits[place] += replay.ask(keys, [1] * len(keys), now_s)
+            if replay.learner.due:
+                replay.learner.learn()
+    asked = sum(len(keys) for _, keys in requests)
+    return [
+        Agreement(point.hit_percent, 100 * hit / asked, curve.rate)
+        for point, hit in zip(curve.points(), hits, strict=True)
+    ]
 
 
 # ── sampled ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """GIX, by the contract every policy keeps, and what makes it one."""
 
-import tracemalloc
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,13 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
-from kvtier.chunks import ChunkKey
-from kvtier.tiers.base import Coming
+from kvtier.spaces import Layout, Space
+from kvtier.tiers.index import Index
+from kvtier.tiers.policies import shades
 from kvtier.tiers.policies.classes import BINS, FineClasses
 from kvtier.tiers.policies.gix import Gix
 from kvtier.tiers.policies.learner import HazardLearner
+from kvtier.tiers.tree import Replica, TierId
 from tests.contracts.policy import PROMPTS, Chunk, PolicyMachine, Prompt, Tier, key_of
 
 
@@ -52,17 +54,28 @@ class GixMachine(PolicyMachine):
 
     @invariant()
     def ghosts_are_bounded_and_counted(self) -> None:
-        shades = list(_links(self.gix._shades._queue))
-        assert self.gix._shades.ghosts == sum(len(shade.prints) for shade in shades)
-        assert all(shade.prints for shade in shades)
+        faded = list(_links(self.gix._shades._queue))
+        assert self.gix._shades.ghosts == sum(shade.count for shade in faded)
+        assert all(shade.count for shade in faded)
         assert self.gix._shades.ghosts <= 4 * self.tier.most
-        assert set(self.gix._shades._by_first.values()) <= set(shades)
+        found = self.gix._shades._by_first
+        assert len(found) == len(faded)
+        assert all(found.get(shade.first) is shade for shade in faded)
 
     @invariant()
     def all_that_waits_is_counted(self) -> None:
-        cohorts = self.gix._learner._cohorts._cohorts.values()
-        waiting = sum(cohort.count for members in cohorts for cohort in members)
-        assert waiting == len(self.tier.chunks) + self.gix._shades.ghosts
+        """Wherever it is now, and whatever it was before: of each class and time."""
+        held = Counter(chunk.mark.traits[:2] for chunk in self.tier.chunks.values())
+        for shade in _links(self.gix._shades._queue):
+            held[shade.traits[:2]] += shade.count
+        counted = Counter[tuple[int, int]]()
+        cohorts = self.gix._learner._cohorts
+        expected = Counter[tuple[int, int]]()
+        for (kind, since_s), chunks in held.items():
+            expected[kind, cohorts._lines[kind].place(since_s)] += chunks
+        for kind, line in cohorts._lines.items():
+            counted.update({(kind, place): n for place, n in enumerate(line._counts) if n})
+        assert counted == expected
 
 
 TestGixContract = GixMachine.TestCase
@@ -73,6 +86,21 @@ class GixLiteMachine(GixMachine):
 
 
 TestGixLiteContract = GixLiteMachine.TestCase
+
+
+class ChosenKeysMachine(GixMachine):
+    """Clients choose their keys: the first bytes of many may be the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(shades, "fingerprint", lambda key: bytes([0, 0, 0, key[0] % 3]))
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+
+TestChosenKeys = ChosenKeysMachine.TestCase
 
 
 def _links(queue: Any) -> Any:
@@ -136,7 +164,7 @@ def test_ghosts_of_a_run_are_one_shade_and_come_back_as_one(tier: Tier) -> None:
         tier.remove(victim, evicted=True)
     gix = gix_of(tier)
     assert gix._shades.ghosts == 4
-    assert len(gix._shades._by_first) == 1
+    assert len(list(_links(gix._shades._queue))) == 1
     tier.now_s = 10.0
     tier.ask((1, 2, 0, 1, 2))
     assert gix._learner._reused.sum() == 5
@@ -171,7 +199,7 @@ def test_what_was_refused_is_known_when_it_returns(tier: Tier) -> None:
     assert gix_of(tier)._shades.ghosts == 2
     tier.ask((2, 2))
     seen = gix_of(tier).arrival(None, [key_of((2,)), key_of((2, 2))], tier.now_s)
-    assert [end for _, end in seen.returning] == [2]
+    assert seen.known == 2
 
 
 def learned(learner: HazardLearner) -> None:
@@ -194,6 +222,72 @@ def test_it_gives_up_first_what_is_least_likely_to_return(tier: Tier) -> None:
     assert tier.policy.reuse(tier.chunks[2,], 2.0) < tier.policy.reuse(tier.chunks[1,], 2.0)
 
 
+def test_an_arrival_goes_on_when_what_it_brought_has_been_asked_for(tier: Tier) -> None:
+    tier.store((0, 0))
+    arrival = tier.arrival((0, 1, 0))
+    tier.add(arrival)
+    tier.ask((0, 1))
+    tier.add(arrival)
+    assert {victim.prompt for victim in tier.victims()} == {(0, 0), (0, 1, 0)}
+
+
+def test_looking_ahead_changes_nothing(tier: Tier) -> None:
+    learned(gix_of(tier)._learner)
+    for prompt in ((0,), (1,), (2,), (0,)):
+        tier.now_s += 1
+        tier.store(prompt)
+    first = list(tier.victims())
+    for looked_at in range(1, 4):
+        ahead = tier.victims()
+        for _ in range(looked_at):
+            next(ahead)
+        assert list(tier.victims()) == first
+
+
+def test_a_choice_does_not_outlive_its_time(tier: Tier) -> None:
+    """What was the first to go when somebody looked need not be so an hour later."""
+    gix = gix_of(tier)
+    learner, classes = gix._learner, gix._learner.classes
+    once, twice = classes.new(0, 1), classes.seen(2, 2, 1.0)
+    learner.reused(once, 3000.0, 10**7)
+    learner.reused(twice, 1.0, 10**7)
+    learner.learn()
+    for prompt in ((1,), (2,), (2,)):
+        tier.store(prompt)
+        tier.now_s += 1
+    [looked_at] = [next(tier.victims())]
+    tier.now_s = 2500.0
+    assert next(tier.victims()) is not looked_at
+
+
+def test_the_ghosts_of_a_tenant_that_goes_are_forgotten() -> None:
+    learner = HazardLearner(FineClasses())
+    stays, goes = Tier(Gix[Chunk](learner)), Tier(Gix[Chunk](learner))
+    stays.store((1, 2))
+    goes.store((1, 2, 0))
+    for victim in goes.victims():
+        goes.remove(victim, evicted=True)
+    assert learner._cohorts.by_age(FineClasses.count, 0.0).sum() == 5
+    goes.policy.closed()
+    assert learner._cohorts.by_age(FineClasses.count, 0.0).sum() == 2
+    assert learner._forgotten.sum() == 3
+
+
+def test_the_index_tells_the_policies_of_a_tenant_that_it_forgets() -> None:
+    learner = HazardLearner(FineClasses())
+    index = Index(lambda tier: Gix[Replica](learner), lambda replica: None)
+    branch = index.branch(Space("n", Layout(dtype="int8", layers=1, heads=1, head_dim=1)))
+    key = key_of((1,))
+    [coming] = index.arrival(branch, TierId.CPU, None, [key], 0.0)
+    node = index.enter(branch, key, branch.digest, 0.0)
+    replica = index.begin(node, TierId.CPU, None, coming)
+    assert index.commit(replica)
+    index.drop(replica)
+    assert learner._cohorts.by_age(FineClasses.count, 0.0).sum() == 1
+    assert index.forget_if_empty(branch)
+    assert learner._cohorts.by_age(FineClasses.count, 0.0).sum() == 0
+
+
 def test_two_tenants_learn_together_and_hold_apart() -> None:
     learner = HazardLearner(FineClasses())
     first, second = Tier(Gix[Chunk](learner)), Tier(Gix[Chunk](learner))
@@ -205,12 +299,26 @@ def test_two_tenants_learn_together_and_hold_apart() -> None:
     assert list(second.victims()) == []
 
 
+def test_what_is_said_of_chunks_that_return_is_said_of_their_ghosts(tier: Tier) -> None:
+    tier.store((1, 2))
+    for victim in tier.victims():
+        tier.remove(victim, evicted=True)
+    tier.now_s += 1
+    tier.ask((1, 2))
+    tier.add(arrival := tier.arrival((1, 2, 0), label=3))
+    assert gix_of(tier).label(tier.chunks[1,]) == 3
+    tier.add(arrival)
+    tier.add(arrival)
+    assert gix_of(tier).label(tier.chunks[1, 2, 0]) == 3
+    tier.ask((1, 2, 0))
+    assert gix_of(tier).label(tier.chunks[1, 2]) == 0, "it has been used since"
+
+
 def test_a_label_has_a_class_of_its_own_until_there_are_too_many(tier: Tier) -> None:
     kinds = {}
     for label in (0, 1, 7, 8, 1000, -1):
         made = gix_of(tier).arrival(None, [key_of((label,))], 0.0, label)
-        assert made.traits is not None
-        kinds[label] = made.traits.kind
+        kinds[label] = made.traits_at(0).kind
     assert len({kinds[0], kinds[1], kinds[7]}) == 3
     assert kinds[8] == kinds[1000] == kinds[-1] == kinds[0]
     gix_of(tier)._learner.learn()
@@ -231,52 +339,6 @@ def test_a_hint_is_no_use_and_is_used_up_by_one(tier: Tier) -> None:
     tier.ask((1, 2))
     assert gix._learner._reused[hinted.kind].sum() == 2
     assert tier.chunks[1,].mark.traits.kind < FineClasses.count
-
-
-class Bare:
-    """An entry without a tree, for counting bytes."""
-
-    __slots__ = ("above", "evictable", "key", "mark")
-
-    def __init__(self, above: "Bare | None", number: int) -> None:
-        self.above = above
-        self.key = ChunkKey(number.to_bytes(32, "little"))
-        self.evictable = True
-        self.mark: Any = None
-
-
-@pytest.mark.parametrize(("length", "most"), [(32, 80), (128, 40)])
-def test_a_chunk_costs_few_bytes_with_four_ghosts_to_each(length: int, most: int) -> None:
-    requests = 20
-    gix: Gix[Any] = Gix(HazardLearner(FineClasses()))
-    paths = [_bare_path(number, length) for number in range((1 + 4) * requests)]
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    for number, path in enumerate(paths):
-        _come(gix, path, float(number))
-        if number >= requests:
-            for entry in reversed(paths[number - requests]):
-                gix.removed(entry, evicted=True)
-    grown = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    assert gix._resident == requests * length
-    assert gix._shades.ghosts >= 3 * requests * length
-    assert grown / gix._resident < most
-
-
-def _bare_path(number: int, length: int) -> list[Bare]:
-    path: list[Bare] = []
-    for place in range(length):
-        above = path[-1] if path else None
-        path.append(Bare(above, (number << 16 | place) * 0x9E3779B97F4A7C15))
-    return path
-
-
-def _come(gix: Gix[Any], path: list[Bare], now_s: float) -> None:
-    gix.asked([], [entry.key for entry in path], now_s)
-    arrival = gix.arrival(None, [entry.key for entry in path], now_s)
-    for place, entry in enumerate(path):
-        gix.added(entry, Coming(arrival, place))
 
 
 def test_ages_are_binned_three_to_a_doubling() -> None:

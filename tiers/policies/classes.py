@@ -4,6 +4,7 @@ A *turn* is counted along a conversation: 0 is a prompt of which nothing was kno
 branches off what is known, and each request that continues the end of an earlier one is the next.
 """
 
+from collections.abc import Sequence
 from math import log2
 from typing import Protocol
 
@@ -38,6 +39,12 @@ class Classes(Protocol):
     def count(self) -> int: ...
     @property
     def seen_from(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """Groups of classes that are alike, the widest first, each parted by the next: for each
+        class the number of its group."""
+        ...
+
     def new(self, turn: int, chunks: int) -> int:
         """The class of a request's new chunks: `chunks` of them, at least one."""
         ...
@@ -49,17 +56,26 @@ class Classes(Protocol):
 
 
 class FineClasses:
-    """Of new chunks, turn kind and how many they are; of others, touches and the last gap."""
+    """Turn kind, and then of new chunks how many they are, of others touches and the last gap.
+    They are parts of CoarseClasses."""
 
     seen_from = _KINDS * _SIZES
-    count = seen_from + _TOUCHES * _GAPS
+    count = seen_from + _KINDS * _TOUCHES * _GAPS
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        sizes = [_SIZES] * _KINDS + [_TOUCHES * _GAPS] * _KINDS
+        coarse = [kind for kind, size in enumerate(sizes) for _ in range(size)]
+        [seen] = CoarseClasses().groups
+        return [seen[kind] for kind in coarse], coarse
 
     def new(self, turn: int, chunks: int) -> int:
         return turn_kind(turn) * _SIZES + min(chunks.bit_length(), _SIZES) - 1
 
     def seen(self, turn: int, touches: int, gap_s: float) -> int:
+        often = min(touches.bit_length(), _TOUCHES) - 1
         gap = min(age_bin(gap_s) // 6, _GAPS - 1)
-        return self.seen_from + (min(touches.bit_length(), _TOUCHES) - 1) * _GAPS + gap
+        return self.seen_from + (turn_kind(turn) * _TOUCHES + often) * _GAPS + gap
 
 
 class CoarseClasses:
@@ -67,6 +83,10 @@ class CoarseClasses:
 
     seen_from = _KINDS
     count = 2 * _KINDS
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        return ([0] * _KINDS + [1] * _KINDS,)
 
     def new(self, turn: int, chunks: int) -> int:
         return turn_kind(turn)

@@ -1,76 +1,86 @@
 """How many chunks of each class wait to be asked for again, by age, without a walk over them.
 
-Chunks of one class that were touched at about the same time form a cohort. Cohorts that have come
-into the same bin of age are merged, so there are never many.
+Chunks of one class that were touched at about the same time form a cohort: those from one time to
+the next cohort's. Cohorts that have come into the same bin of age are merged, so there are never
+many, and when chunks were touched is all it takes to find where they are counted.
 """
+
+from bisect import bisect_right
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtier.tiers.policies.classes import BINS, age_bin
 
-_SPAN_S = 16.0  # of the times in a cohort, before any is merged
+# Cohorts of one class before they are merged, where nobody asks for ages meanwhile.
+_MOST_APART = 1024
 
+class Line:
+    """The cohorts of one class, the oldest first: from when on they are, how many chunks wait, and
+    the seconds from then to when these were touched, all together."""
 
-class Cohort:
-    """Chunks counted together. `since_s` is the mean of when they were touched."""
-
-    __slots__ = ("count", "into", "requests", "since_s")
+    __slots__ = ("_after_s", "_counts", "_latest_s", "_starts_s")
 
     def __init__(self, since_s: float) -> None:
-        self.since_s = since_s
-        self.requests = 0
-        self.count = 0
-        self.into: Cohort | None = None  # what it was merged into
+        self._starts_s = [since_s]
+        self._counts = [0]
+        self._after_s = [0.0]
+        self._latest_s = since_s
 
-    def request(self, now_s: float) -> None:
-        """Chunks of one more request are about to be counted here."""
-        self.requests += 1
-        self.since_s += (now_s - self.since_s) / self.requests
+    def count(self, since_s: float, change: int) -> None:
+        if since_s > self._latest_s:
+            self._latest_s = since_s
+            if len(self._starts_s) == _MOST_APART:
+                self.by_age(since_s)
+            self._open(since_s, 0, 0.0)
+        place = self.place(since_s)
+        self._counts[place] += change
+        self._after_s[place] += (since_s - self._starts_s[place]) * change
 
-    def current(self) -> "Cohort":
-        """Where its chunks are counted now."""
-        cohort = self
-        while cohort.into is not None:
-            cohort = cohort.into
-        return cohort
+    def place(self, since_s: float) -> int:
+        """Which cohort chunks are in that were touched then."""
+        return max(bisect_right(self._starts_s, since_s) - 1, 0)  # a clock may have gone back
 
-    def merge(self, younger: "Cohort") -> None:
-        both = self.count + younger.count
-        if both:
-            self.since_s += (younger.since_s - self.since_s) * younger.count / both
-        self.count = both
-        younger.into = self
+    def by_age(self, now_s: float) -> npt.NDArray[np.float64]:
+        """How many chunks wait: float64 [BINS]. Merges cohorts."""
+        waiting = np.zeros(BINS)
+        cohorts = list(zip(self._starts_s, self._counts, self._after_s, strict=True))
+        self._starts_s, self._counts, self._after_s = [], [], []
+        last = -1
+        for start_s, count, after_s in cohorts:
+            since_s = start_s + after_s / count if count else start_s
+            age = age_bin(max(now_s - since_s, 0.0))
+            waiting[age] += count
+            if age == last:
+                self._counts[-1] += count
+                self._after_s[-1] += after_s + (start_s - self._starts_s[-1]) * count
+            else:
+                self._open(start_s, count, after_s)
+            last = age
+        return waiting
+
+    def _open(self, start_s: float, count: int, after_s: float) -> None:
+        self._starts_s.append(start_s)
+        self._counts.append(count)
+        self._after_s.append(after_s)
 
 
 class Cohorts:
-    """The cohorts of each class, the oldest first; chunks come to the last one."""
+    """The cohorts of all classes."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Cohort] = {}
-        self._cohorts: dict[int, list[Cohort]] = {}
+        self._lines: dict[int, Line] = {}
 
-    def open(self, kind: int, now_s: float) -> Cohort:
-        """The cohort for chunks of a class touched now, until the next `by_age`."""
-        cohort = self._open.get(kind)
-        if cohort is None or now_s - cohort.since_s > _SPAN_S:
-            cohort = self._open[kind] = Cohort(now_s)
-            self._cohorts.setdefault(kind, []).append(cohort)
-        cohort.request(now_s)
-        return cohort
+    def count(self, kind: int, since_s: float, change: int) -> None:
+        """So many chunks of a class more, or less, wait that were touched then."""
+        line = self._lines.get(kind)
+        if line is None:
+            line = self._lines[kind] = Line(since_s)
+        line.count(since_s, change)
 
     def by_age(self, classes: int, now_s: float) -> npt.NDArray[np.float64]:
-        """How many chunks wait: float64 [classes, BINS]. Closes and merges cohorts."""
-        self._open.clear()
+        """How many chunks wait: float64 [classes, BINS]. Merges cohorts."""
         waiting = np.zeros((classes, BINS))
-        for kind, cohorts in self._cohorts.items():
-            kept: list[Cohort] = []
-            for cohort in cohorts:
-                age = age_bin(max(now_s - cohort.since_s, 0.0))
-                waiting[kind, age] += cohort.count
-                if kept and age == age_bin(max(now_s - kept[-1].since_s, 0.0)):
-                    kept[-1].merge(cohort)
-                else:
-                    kept.append(cohort)
-            self._cohorts[kind] = kept
+        for kind, line in self._lines.items():
+            waiting[kind] = line.by_age(now_s)
         return waiting

@@ -9,20 +9,22 @@ too, that the learner knows how early it gave up.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Generic
 
 from kvtier.chunks import ChunkKey
 from kvtier.tiers.base import Coming, Entry, EntryT
+from kvtier.tiers.policies.arrivals import Arrival, turn_asked, turn_below
 from kvtier.tiers.policies.classes import age_bin
-from kvtier.tiers.policies.cohorts import Cohort
 from kvtier.tiers.policies.learner import HazardLearner
 from kvtier.tiers.policies.segments import Queue, Segment, cover, cut_below, join, split
 from kvtier.tiers.policies.shades import Shade, Shades
-from kvtier.tiers.policies.traits import Arrival, Traits, ending, turn_asked, turn_below
+from kvtier.tiers.policies.traits import Traits, ending
 
 _GHOSTS = 4  # times the most chunks there were
 _LOOK = 6  # segments from either end of a queue
 _NEWEST_MARGIN = 1.2  # worth of a newest segment: in doubt, what has come stays
+_STANDS_S = 1.0  # a choice, unless there is a request: ages have hardly changed
 
 Found = tuple[float, float, tuple[int, bool], Segment[Traits]]
 """Its worth, since when it has been as it is, the end of which queue it is at, and a segment."""
@@ -35,13 +37,14 @@ class Gix(Generic[EntryT]):
         self._learner = learner
         self._classes = learner.classes
         self._queues: dict[int, Queue[Segment[Traits]]] = {}
-        self._shades: Shades[Traits] = Shades()
+        self._shades = Shades(self._forgotten)
         self._now_s = 0.0
         self._resident = 0
         self._most = 0
-        self._coming: set[int] = set()  # classes of the last arrival
-        self._chosen: Segment[Traits] | None = None  # to be given up first
-        self._chosen_worth = 0.0
+        self._coming = frozenset[int]()  # classes of the last arrival
+        self._chosen: Segment[Traits] | None = None  # what was offered last,
+        self._chosen_worth = 0.0  # with its margin; it is to go on to be offered
+        self._chosen_until_s = -inf  # then, unless what was offered before it is still there
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────
 
@@ -49,7 +52,7 @@ class Gix(Generic[EntryT]):
         self._tick(now_s)
         self._learner.request(self._now_s)
         self._chosen = None
-        self._coming.clear()
+        self._coming = frozenset()
         covered = cover(path)
         returning = self._shades.match(beyond)
         turn = turn_asked(covered, len(path), returning)
@@ -59,7 +62,8 @@ class Gix(Generic[EntryT]):
             traits = self._seen(
                 segment.traits, end - start, turn, used[-1].traits if used else None
             )
-            part = self._part(segment, path[start:end], traits)
+            part = self._part(segment, path, start, end)
+            part.traits = traits
             if used and used[-1].traits is traits:
                 part = join(used.pop(), part)
             used.append(part)
@@ -69,29 +73,29 @@ class Gix(Generic[EntryT]):
         self._ghosts_asked(returning, turn, used[-1] if used else None)
 
     def _part(
-        self, segment: Segment[Traits], part: Sequence[EntryT], traits: Traits
+        self, segment: Segment[Traits], path: Sequence[EntryT], start: int, end: int
     ) -> Segment[Traits]:
-        """The segment of chunks that were asked for, out of its queue, with its new traits."""
-        queue = self._queues[segment.traits.kind]
-        if len(part) < segment.count:
-            segment = split(queue, segment, part)
-        else:
-            queue.remove(segment)
-        segment.traits = traits
+        """The segment of a part of a path, in no queue: of a segment's leading chunks."""
+        if end - start < segment.count:
+            return split(self._queues[segment.traits.kind], segment, path[start:end])
+        self._drop(segment)
         return segment
 
     def _ghosts_asked(
-        self, returning: list[tuple[Shade[Traits], int]], turn: int, above: Segment[Traits] | None
+        self, returning: list[tuple[Shade, int]], turn: int, above: Segment[Traits] | None
     ) -> None:
         last = above.traits if above is not None else None
-        upper: Shade[Traits] | None = None
+        upper: Shade | None = None
         for shade, ghosts in returning:
+            if ghosts > shade.count:  # one that was parted just now has pushed it out
+                break
             traits = self._seen(shade.traits, ghosts, turn, last)
             part = self._shades.part(shade, ghosts, traits)
-            if upper is not None and upper.traits is traits:
-                part = self._shades.join(upper, part)
-            elif upper is None and above is not None and above.traits is traits:
-                above.shade = part
+            if traits is last:
+                if upper is not None:
+                    part = self._shades.join(upper, part)
+                elif above is not None:
+                    above.shade = part
             upper, last = part, traits
 
     def _seen(self, old: Traits, chunks: int, turn: int, before: Traits | None) -> Traits:
@@ -101,9 +105,8 @@ class Gix(Generic[EntryT]):
         self._learner.reused(old.kind, gap_s, chunks)
         kind = self._classes.seen(turn, touches, gap_s)  # what was said of them is used up
         if before is None or before.kind != kind:
-            before = Traits(kind, self._now_s, turn, touches, self._cohort(kind))
-        old.count(-chunks)
-        before.count(chunks)
+            before = Traits(kind, self._now_s, touches, turn)
+        self._turned(old, before, chunks)
         return before
 
     def hinted(self, path: Sequence[EntryT], label: int, now_s: float) -> None:
@@ -112,24 +115,35 @@ class Gix(Generic[EntryT]):
         hinted: list[Segment[Traits]] = []
         start = 0
         for segment, end in cover(path):
-            traits = self._hinted(segment.traits, end - start, label)
-            if traits is not segment.traits:
-                hinted.append(self._part(segment, path[start:end], traits))
+            old = segment.traits
+            kind = self._learner.labelled(old.kind % self._classes.count, label)
+            if kind != old.kind:
+                traits = old._replace(kind=kind)
+                self._turned(old, traits, end - start)
+                hinted.append(self._part(segment, path, start, end))
+                hinted[-1].traits = traits
             start = end
         for segment in reversed(hinted):
             self._queue(segment.traits.kind).append(segment)
 
-    def _hinted(self, old: Traits, chunks: int, label: int) -> Traits:
+    def _ghosts_hinted(self, shade: Shade, ghosts: int, label: int) -> Traits:
+        """What is said of chunks that come holds for ghosts that they are, too. The request for
+        them has parted a shade of which it wants less than all."""
+        old = shade.traits
         kind = self._learner.labelled(old.kind % self._classes.count, label)
-        if kind == old.kind:
+        if kind == old.kind or ghosts < shade.count:
             return old
-        traits = Traits(kind, old.since_s, old.turn, old.touches, self._cohort(kind))
-        old.count(-chunks)
-        traits.count(chunks)
+        traits = shade.traits = old._replace(kind=kind)
+        self._turned(old, traits, ghosts)
         return traits
 
-    def _cohort(self, kind: int) -> Cohort:
-        return self._learner.cohort(kind, self._now_s)
+    def _turned(self, old: Traits, new: Traits, chunks: int) -> None:
+        """So many chunks wait as something else."""
+        self._wait(old, -chunks)
+        self._wait(new, chunks)
+
+    def _wait(self, traits: Traits, change: int) -> None:
+        self._learner.wait(traits.kind, traits.since_s, change)
 
     # ── coming and going ──────────────────────────────────────────────────────────────────────────
 
@@ -141,18 +155,18 @@ class Gix(Generic[EntryT]):
         turn = 0 if above is None else turn_below(above)
         known = 0
         for shade, ghosts in self._shades.match(keys):
+            traits = self._ghosts_hinted(shade, ghosts, label) if label else shade.traits
             known += ghosts
-            returning.append((shade.traits, known))
-            turn = shade.traits.turn if ghosts == len(shade.prints) else 1
-        traits = None
+            returning.append((traits, known))
+            turn = traits.turn if ghosts == shade.count else 1
+        fresh = None
         if known < len(keys):
             kind = self._learner.labelled(self._classes.new(turn, len(keys) - known), label)
-            traits = Traits(kind, self._now_s, turn, 1, self._cohort(kind))
+            fresh = Traits(kind, self._now_s, 1, turn)
+        arrival = Arrival(above, keys, returning, fresh)
         self._chosen = None
-        self._coming = {known.kind for known, _ in returning}
-        if traits is not None:
-            self._coming.add(traits.kind)
-        return Arrival(above, keys, returning, traits)
+        self._coming = arrival.kinds
+        return arrival
 
     def admits(self, coming: Coming, over: EntryT) -> bool:
         arrival: Arrival = coming.arrival
@@ -160,15 +174,11 @@ class Gix(Generic[EntryT]):
             return False  # the new chunk would hang on nothing
         segment: Segment[Traits] = over.mark
         worth = self._chosen_worth if segment is self._chosen else self._worth(segment.traits)
-        if worth <= self._worth_coming(arrival, coming.place):
+        best = arrival.best_from(coming.place, self._worth)  # with all that is to hang on it
+        if worth <= self._worth(best) * self._margin(best.kind):
             return True
         self._refuse(arrival, coming.place)
         return False
-
-    def _worth_coming(self, arrival: Arrival, place: int) -> float:
-        """The best of a chunk that comes and all that is to hang on it, as a victim's would be."""
-        coming = arrival.traits_from(place)
-        return max(self._worth(traits) * self._margin(traits.kind) for traits in coming)
 
     def _margin(self, kind: int) -> float:
         """The newest of a class has one, unless it is the oldest that may go as well."""
@@ -189,7 +199,7 @@ class Gix(Generic[EntryT]):
             return
         traits = arrival.traits_at(first)
         shade = self._shades.refuse(arrival.keys[first : arrival.refused], traits, ending(traits))
-        traits.count(arrival.refused - first)
+        self._wait(traits, arrival.refused - first)
         arrival.refused, arrival.shade = first, shade
         self._forget_ghosts()
 
@@ -199,7 +209,7 @@ class Gix(Generic[EntryT]):
         if segment is None or above is None or segment.tail is not above or place < arrival.known:
             segment = arrival.segment = self._segment_for(entry, above, arrival, place)
         segment.push(entry)
-        segment.traits.count(1)
+        self._wait(segment.traits, 1)
         arrival.deepest = entry
         if place + 1 == arrival.refused and arrival.shade is not None:
             segment.ends, segment.shade = 0, arrival.shade
@@ -216,17 +226,32 @@ class Gix(Generic[EntryT]):
             segment.ends = 0
         else:
             segment = None
-        if segment is None or segment.traits is not traits:
+        if segment is None or not self._continues(segment, traits):
             segment = Segment(traits)
             self._queue(traits.kind).append(segment)
         segment.ends, segment.shade = ending(traits), None
         if place < arrival.known:
             shade = self._shades.take(entry.key)
             if shade is not None:
-                shade.traits.count(-1)
+                self._wait(shade.traits, -1)
                 segment.ends = 0 if shade.prints else shade.ends
                 segment.shade = shade
         return segment
+
+    def _continues(self, segment: Segment[Traits], traits: Traits) -> bool:
+        """Whether chunks of these traits are of the segment that they come below. It is renewed by
+        more of its turn: what an engine stores block by block, as it decodes, it goes on using."""
+        old = segment.traits
+        if traits == old:
+            return True
+        if old.since_s > traits.since_s or old != traits._replace(since_s=old.since_s):
+            return False
+        queue = self._queue(old.kind)
+        queue.remove(segment)
+        queue.append(segment)
+        segment.traits = traits
+        self._turned(old, traits, segment.count)
+        return True
 
     def removed(self, entry: EntryT, *, evicted: bool) -> None:
         segment: Segment[Traits] | None = entry.mark
@@ -239,7 +264,7 @@ class Gix(Generic[EntryT]):
             segment.shade = self._shades.fade(entry.key, segment.shade, traits, segment.ends)
         else:
             segment.shade = None
-            traits.count(-1)
+            self._wait(traits, -1)
         segment.ends = 0
         segment.pop()
         self._resident -= 1
@@ -255,38 +280,52 @@ class Gix(Generic[EntryT]):
 
     def _forget_ghosts(self) -> None:
         while self._shades.ghosts > _GHOSTS * self._most:
-            traits, ghosts = self._shades.forget_oldest()
-            self._learner.forgotten(traits.kind, self._now_s - traits.since_s, ghosts)
-            traits.count(-ghosts)
+            self._shades.forget_oldest()
+
+    def _forgotten(self, traits: Traits, ghosts: int) -> None:
+        self._learner.forgotten(traits.kind, self._now_s - traits.since_s, ghosts)
+        self._wait(traits, -ghosts)
+
+    def closed(self) -> None:
+        """Its ghosts are forgotten: they do not wait for ever in what all tenants learn from."""
+        while self._shades.ghosts:
+            self._shades.forget_oldest()
 
     # ── giving up ─────────────────────────────────────────────────────────────────────────────────
 
     def victims(self, now_s: float) -> Iterator[EntryT]:
         self._tick(now_s)
         passed: set[Segment[Traits]] = set()
-        if self._chosen is not None:  # it goes until it is gone, or until there is a request
+        if self._chosen is not None and self._now_s <= self._chosen_until_s:
             yield from self._tails(self._chosen, passed)
-        heap = self._ends(passed)
+        for but in (self._coming, frozenset[int]()):  # the newest of what comes is the last to go
+            yield from self._from_ends(but, passed)
+        yield from self._others(passed)
+
+    def _from_ends(self, but: frozenset[int], passed: set[Segment[Traits]]) -> Iterator[EntryT]:
+        """What may go near the ends of the queues, the least worth first, but for the newest of
+        some classes."""
+        heap = self._ends(but, passed)
         while heap:
             self._chosen_worth, _, end, segment = heap[0]
             self._chosen = segment
+            self._chosen_until_s = -inf if passed else self._now_s + _STANDS_S
             yield from self._tails(segment, passed)
             self._chosen = None
             if segment not in passed:
-                heap = self._ends(passed)  # what is above the gone ones may be an end now
+                heap = self._ends(but, passed)  # what is above the gone may be an end now
             elif (other := self._at(end, passed)) is not None:
                 heapq.heapreplace(heap, other)
             else:
                 heapq.heappop(heap)
-        yield from self._others(passed)
 
-    def _ends(self, passed: set[Segment[Traits]]) -> list[Found]:
-        """A heap of what may go at the ends of the queues, but for the newest of what comes."""
+    def _ends(self, but: frozenset[int], passed: set[Segment[Traits]]) -> list[Found]:
+        """A heap of the ends of the queues."""
         ends = [
             (kind, newest)
             for kind in self._queues
             for newest in (False, True)
-            if not (newest and kind in self._coming)
+            if not (newest and kind in but)
         ]
         heap = [found for end in ends if (found := self._at(end, passed)) is not None]
         heapq.heapify(heap)
@@ -329,7 +368,17 @@ class Gix(Generic[EntryT]):
         self._tick(now_s)
         if entry.mark is None:
             return 1.0
-        traits: Traits = entry.mark.traits
+        return self._reach(entry.mark.traits)
+
+    def label(self, entry: EntryT) -> int:
+        segment: Segment[Traits] | None = entry.mark
+        return segment.traits.kind // self._classes.count if segment is not None else 0
+
+    def likely(self, coming: Coming) -> float:
+        arrival: Arrival = coming.arrival
+        return self._reach(arrival.traits_at(coming.place))
+
+    def _reach(self, traits: Traits) -> float:
         return self._learner.reach[traits.kind][age_bin(self._now_s - traits.since_s)]
 
     def _worth(self, traits: Traits) -> float:

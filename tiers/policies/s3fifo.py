@@ -86,3 +86,11 @@ class S3Fifo(Generic[EntryT]):
 
     def reuse(self, entry: EntryT, now_s: float) -> float:
         return 1.0
+
+    def label(self, entry: EntryT) -> int:
+        return 0
+
+    def likely(self, coming: Coming) -> float:
+        return 1.0
+
+    def closed(self) -> None: ...

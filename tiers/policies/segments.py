@@ -147,10 +147,12 @@ def join(upper: SegmentT, lower: SegmentT) -> SegmentT:
         _mark_upwards(lower.tail, lower.count, upper)
         upper.tail, upper.ends, upper.shade = lower.tail, lower.ends, lower.shade
         upper.count += lower.count
+        lower.tail, lower.count = None, 0  # an arrival may know it still
         return upper
     _mark_upwards(upper.tail, upper.count, lower)
     lower.traits = upper.traits
     lower.count += upper.count
+    upper.tail, upper.count = None, 0
     return lower
 
 

@@ -25,7 +25,7 @@ Table = npt.NDArray[np.float64]
 def encode(tables: Sequence[Table], classes: int) -> bytes:
     """Tables of one shape, [rows, BINS], of finite counts; `classes` rows are one label's."""
     stacked = np.stack(tables).astype("<f4")
-    body = zlib.compress((stacked.view("<u4") >> 16).astype("<u2").tobytes(), 9)
+    body = zlib.compress((stacked.view("<u4") >> 16).astype("<u2").tobytes(), 1)
     rows = stacked.shape[1]
     header = _HEADER.pack(_MAGIC, _VERSION, BINS, classes, len(tables), rows, zlib.crc32(body))
     return header + body
