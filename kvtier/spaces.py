@@ -131,8 +131,15 @@ class Layout:
         return named
 
 
+class _Hashed:
+    """Keeps a digest that is asked for with every chunk."""
+
+    __slots__ = ("_digest",)
+    _digest: bytes
+
+
 @dataclass(frozen=True, slots=True)
-class Space:
+class Space(_Hashed):
     """Everything that must agree before bytes may be shared.
 
     `model` is the engine's name for the model, `weights` the fingerprint of its files (see
@@ -174,6 +181,11 @@ class Space:
     @property
     def digest(self) -> bytes:
         """32 bytes: SHA-256 over the named fields in sorted order, each length-prefixed."""
+        if not hasattr(self, "_digest"):
+            object.__setattr__(self, "_digest", self._hash())
+        return self._digest
+
+    def _hash(self) -> bytes:
         hasher = hashlib.sha256(_DOMAIN)
         for name, value in sorted(self.named_fields().items()):
             for text in (name.encode(), value.encode(errors="surrogatepass")):

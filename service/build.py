@@ -89,6 +89,7 @@ class Core:
         flushed = True
         await self.cache.sessions.close()
         await self.cache.pins.close()
+        await self.cache.removals.close()
         await self.learning.close()
         if self.disk is not None:
             self.disk.demotion.stopping()
@@ -147,7 +148,6 @@ def _build(config: Config, progress: Progress) -> Core:
         config.retention.ttl_s,
         config.limits,
         config.disk.read_ahead_percent,
-        passes_to_disk=When(config.disk.write).passes_through,
     )
     pins = Pins(placement, config.tenants.pin_percent)
     cache = Cache(placement, promotions, sessions, retained, pins, raisings)
@@ -199,7 +199,7 @@ def _join_disk(placement: Placement, disk: Disk) -> DiskSide | None:
     writing = Writing(When(disk.write), disk.write_reuse_percent / 100)
     demotion = Demotion(placement, writing, write_behind)
     placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
-    placement.is_unsaved = demotion.is_unsaved
+    placement.is_unsaved, placement.passes = demotion.is_unsaved, demotion.passes
     journal = Journal(disk.directory, placement.clock, _journal_file_bytes(disk))
     recall(journal, placement.history, placement.index)
     placement.on_stored, placement.on_gone = journal.stored, journal.gone

@@ -5,9 +5,10 @@ never seen half changed.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from kvtier.chunks import ChunkKey
 from kvtier.errors import InvalidRequest, LimitReached, ServiceStopping
@@ -24,6 +25,7 @@ from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotions
 from kvtier.service.raising import Raisings
 from kvtier.service.read_ahead import ReadAhead
+from kvtier.service.removals import Removals
 from kvtier.service.reserving import Reserving
 from kvtier.service.sessions import Session, Sessions
 from kvtier.service.uses import Call, Uses
@@ -32,20 +34,18 @@ from kvtier.tiers.arena import slot_bytes_of
 from kvtier.tiers.tree import Branch, Node, Replica, TierId
 
 _IN_MEMORY = (TierId.GPU, TierId.CPU)
-# Chunks of one Lookup that are begun: that takes the loop some milliseconds.
+# Chunks of one Lookup that are begun.
 _MOST_AHEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Retained:
     """How long chunks are kept, and what clients may use up. `ttl_s` of 0 keeps chunks until they
-    are evicted; `read_ahead_percent` is of RAM, for one session; `passes_to_disk` says whether
-    chunks that RAM does not keep may be written."""
+    are evicted; `read_ahead_percent` is of RAM, for one session."""
 
     ttl_s: float
     limits: Limits
     read_ahead_percent: int
-    passes_to_disk: bool = False
 
 
 class Cache:
@@ -64,11 +64,12 @@ class Cache:
         self.sessions = sessions
         self.rules = rules
         self._promotions = promotions
-        self._landing = Landing(placement, passes=rules.passes_to_disk)
+        self._landing = Landing(placement)
         self.pins = pins
         self.uses = Uses(placement)
-        self._ahead = ReadAhead(placement, promotions, rules.read_ahead_percent)
+        self._ahead = ReadAhead(placement, promotions, sessions, rules.read_ahead_percent)
         self._raisings = raisings
+        self.removals = Removals(placement)
         self._counters = placement.counters
         self._index = placement.index
         self.overlaps = Overlaps(rules.limits.token_bytes, placement.counters)
@@ -103,13 +104,13 @@ class Cache:
             self._make_room_for_a_space()
         branch = self._index.branch(space)
         session = self.sessions.open(client, branch, tethered=tethered, in_vram=in_vram)
+        session.leases.on_discard = self._not_committed
         self._counters.sessions_opened += 1
         return session
 
     def end_session(self, session: Session) -> None:
         """The client is gone; what it leased ends as soon as it can no longer touch it."""
         self._counters.sessions_ended += 1
-        self._note_uncommitted(session, session.leases.reserved())
         self._ahead.end(session)
         self.pins.session_ended(session)
         self.sessions.end(session)
@@ -123,9 +124,10 @@ class Cache:
         limit = self.rules.limits.spaces
         if len(self._index.spaces) < limit:
             return
+        connected = self.sessions.branches
         for space in self._index.spaces:
             branch = self._index.branch(space)
-            if not self.sessions.uses(branch) and self._index.forget_if_empty(branch):
+            if branch not in connected and self._index.forget_if_empty(branch):
                 return
         raise LimitReached(f"limits.spaces: {limit} spaces hold chunks or sessions; raise it")
 
@@ -145,16 +147,12 @@ class Cache:
             asyncio.get_running_loop().call_soon(self._looked_up, session, keys, hints)
         if in_ram < len(run):  # likewise
             rest = run[in_ram : in_ram + _MOST_AHEAD]
-            asyncio.get_running_loop().call_soon(self._read_ahead, session, rest)
+            self._ahead.start(session, rest)
         return len(run), in_ram
 
     def _looked_up(self, session: Session, keys: Sequence[ChunkKey], hints: Hints) -> None:
         run = self._match(session.branch, keys)
         self.uses.used(session.branch, run, keys, hints, Call.LOOK)
-
-    def _read_ahead(self, session: Session, run: Sequence[Node]) -> None:
-        if session in self.sessions:
-            self._ahead.bring(session, run)
 
     def open_read(self, session: Session, lease_id: int) -> Lease:
         """A read lease for `load`. Raises InvalidRequest when the id is in use."""
@@ -194,9 +192,9 @@ class Cache:
             loading.overlap = self.overlaps.beyond(session.branch, run, offered, oldest_s)
         return loading.chunks(run, deadline_s), loading
 
-    def prefetch(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
+    async def prefetch(self, session: Session, keys: Sequence[ChunkKey]) -> tuple[int, int]:
         """Start promoting the leading run; returns (already in RAM, on their way)."""
-        return self._ahead.bring(session, self._match(session.branch, keys))
+        return await self._ahead.bring(session, self._match(session.branch, keys))
 
     def cancel_prefetch(self, session: Session, keys: Sequence[ChunkKey]) -> int:
         """Give up what was started for a session by `prefetch` or `lookup`, unless somebody else
@@ -223,7 +221,7 @@ class Cache:
         if len(run) < len(keys):
             node = branch.nodes.get(keys[len(run)])
             if node is not None and node.held:
-                self._counters.expired_chunks += self.placement.lose(node, Why.AGE)
+                self.removals.expire(node)
         return run
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
@@ -236,10 +234,24 @@ class Cache:
         parent: ChunkKey,
         hints: Hints = NOTHING_TOLD,
     ) -> list[Reserved]:
-        """Give a write slot for each key that is wanted; answers every key, in order.
+        """Give a write slot for each key that is wanted, in one go; see `reserve_in_pieces`."""
+        pieces = self.reserve_in_pieces(session, lease_id, keys, parent, hints)
+        return list(chain.from_iterable(pieces))
 
-        Room is made here and now. Raises InvalidRequest when the lease id is in use, or when a key
-        is the space's root: stored as a chunk, that would become the parent of every prompt.
+    def reserve_in_pieces(
+        self,
+        session: Session,
+        lease_id: int,
+        keys: Sequence[ChunkKey],
+        parent: ChunkKey,
+        hints: Hints = NOTHING_TOLD,
+    ) -> Iterator[list[Reserved]]:
+        """Give a write slot for each key that is wanted; answers every key, in order. Between two
+        pieces of the answers others may have their turn.
+
+        Room is made here and now. Raises InvalidRequest when the lease id is in use, when the lease
+        ends between two pieces, or when a key is the space's root: stored as a chunk, that would
+        become the parent of every prompt.
         """
         if session.branch.digest in keys:
             raise InvalidRequest("keys: the space digest is given; it is the key of no chunk")
@@ -249,10 +261,11 @@ class Cache:
         self.uses.used(session.branch, run, keys, hints, Call.STORE, above)
         limit = self.write_lease_limit
         reserving = Reserving(self._landing, limit, session, lease, hints.label)
-        answers = reserving.reserve(keys, parent)
-        if not lease.replicas:
-            session.leases.end(lease)
-        return answers
+        try:
+            yield from reserving.reserve(keys, parent)
+        finally:
+            if not lease.ended and not lease.replicas:
+                session.leases.end(lease)
 
     def learn(self, session: Session, keys: Sequence[ChunkKey], offered: Offered) -> None:
         """Take the tokens of chunks that are held or reserved, where they make their keys."""
@@ -286,6 +299,7 @@ class Cache:
         self.overlaps.publish(stored)
         self._discard(session, lease)
         self.placement.committed(stored)
+        self._landing.committed(stored)
         return outcomes
 
     def abort(self, session: Session, lease_id: int) -> None:
@@ -296,24 +310,21 @@ class Cache:
 
     def _discard(self, session: Session, lease: Lease) -> None:
         """End a write lease with what was not committed of it."""
-        self._note_uncommitted(session, lease.replicas.values())
         self._counters.aborted_chunks += session.leases.end(lease)
 
-    def _note_uncommitted(self, session: Session, replicas: Iterable[Replica]) -> None:
-        for replica in replicas:
-            self.placement.refused(session.branch, replica.key, Why.NOT_COMMITTED)
+    def _not_committed(self, replica: Replica) -> None:
+        self.placement.refused(replica.node.branch, replica.key, Why.NOT_COMMITTED)
 
     # ── the operator's ────────────────────────────────────────────────────────────────────────────
 
-    def evict(self, session: Session, keys: Sequence[ChunkKey], *, whole_space: bool) -> int:
+    async def evict(self, session: Session, keys: Sequence[ChunkKey], *, whole_space: bool) -> int:
         """Remove chunks of the session's space and all that continues them; returns how many."""
         nodes = session.branch.nodes
-        doomed = [node.key for node in nodes] if whole_space else list(keys)
-        return sum(
-            self.placement.lose(node, Why.REMOVED)
-            for key in doomed
-            if (node := nodes.get(key)) is not None
-        )
+        if whole_space:
+            doomed = [node for node in nodes if node.parent is None]
+        else:
+            doomed = [node for key in keys if (node := nodes.get(key)) is not None]
+        return await self.removals.remove(doomed)
 
     def tiers(self) -> list[TierUse]:
         """What each tier holds."""

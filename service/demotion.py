@@ -2,7 +2,7 @@
 
 demote          when RAM is about to give it up: what is near eviction is written ahead of it
 write_through   as soon as it is committed
-second_touch    when it is asked for again
+second_touch    when it is asked for again, or stored again: as far back as losses are remembered
 reuse           as demote, if the policy takes it to be asked for again with that probability
 
 A clean stop writes whatever the rule would have written in the end. A copy on disk stays there when
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from kvtier.chunks import ChunkKey
 from kvtier.service.placement import Placement
-from kvtier.tiers.tree import Node, Replica, Tenant, TierId
+from kvtier.tiers.base import Coming
+from kvtier.tiers.tree import Branch, Node, Replica, Tenant, TierId
 
 # What is written ahead of its eviction, as a part of RAM: enough for the disk to keep up with a
 # burst, little enough that most of RAM is not on disk twice.
@@ -31,11 +33,6 @@ class When(Enum):
     WRITE_THROUGH = "write_through"
     SECOND_TOUCH = "second_touch"
     REUSE = "reuse"
-
-    @property
-    def passes_through(self) -> bool:
-        """Whether a chunk is written that RAM would not keep."""
-        return self in {When.DEMOTE, When.WRITE_THROUGH}
 
 
 class Cause(Enum):
@@ -79,7 +76,11 @@ class Demotion:
         """Chunks are new in RAM, in prompt order."""
         if self._writing.when is When.WRITE_THROUGH:
             self._queue.add(nodes, Cause.COMMIT)
-        elif self._writing.when is not When.SECOND_TOUCH:
+        elif self._writing.when is When.SECOND_TOUCH:
+            for node in nodes:
+                if self._was_known(node.branch, node.key):
+                    self._write_path(node, Cause.SECOND_TOUCH)
+        else:
             self._since_bytes += sum(node.branch.nbytes for node in nodes)
             self._look_ahead(nodes[0].branch.tenant)
 
@@ -91,11 +92,23 @@ class Demotion:
     def is_unsaved(self, replica: Replica) -> bool:
         """Whether the disk is still to have a chunk that RAM would give up; if so, it is written
         next."""
+        if self._writing.when is When.SECOND_TOUCH:
+            return replica.node in self._queue
         if replica.node.in_disk is not None or not self._wants(replica):
             return False
-        if self._writing.when in {When.DEMOTE, When.REUSE}:
+        if self._writing.when is not When.WRITE_THROUGH:
             self._write_path(replica.node, Cause.DEMOTION)
-        return self._writing.when is not When.SECOND_TOUCH
+        return True
+
+    def passes(self, branch: Branch, key: ChunkKey, coming: Coming) -> bool:
+        """Whether the disk is to have a chunk that RAM does not keep: `coming` is what RAM's policy
+        takes it to be."""
+        if self._writing.when is When.SECOND_TOUCH:
+            return self._was_known(branch, key)
+        if self._writing.when is When.REUSE:
+            policy = branch.tenant.policies[TierId.CPU]
+            return policy.likely(coming) >= self._writing.least_reuse
+        return True
 
     def stopping(self) -> None:
         """The service stops, and nobody uses a chunk any more: what the rule would write in the end
@@ -122,6 +135,10 @@ class Demotion:
             for node in index.branch(space).nodes
         )
 
+    def _was_known(self, branch: Branch, key: ChunkKey) -> bool:
+        """Whether a chunk was offered before, and evicted or refused."""
+        return self._placement.history.find(branch.digest, key) is not None
+
     def _wants(self, replica: Replica) -> bool:
         if self._writing.when is not When.REUSE:
             return True
@@ -134,7 +151,7 @@ class Demotion:
         if self._since_bytes * 4 < self._ahead_bytes:
             return
         arena, shares = self._placement.memory.arena, self._placement.shares
-        losers = iter((asker,))
+        losers: Iterable[Tenant] = (asker,)
         if shares.within_quota(asker, TierId.CPU, self._ahead_bytes):
             if arena.nbytes - arena.used_bytes >= self._ahead_bytes:
                 return

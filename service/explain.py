@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvtier.chunks import ChunkKey, chain
 from kvtier.config import Config
@@ -138,13 +139,12 @@ class Explainer:
             return None  # the prompt parts from what is stored here: that says why
         found: list[tuple[int, str, list[str]]] = []
         for other in self._index.spaces:
-            fields = space.differing_fields(other)
-            if not fields:
-                continue
-            if fields == ["tenant"]:
-                detail = "a space of another tenant exists; what it holds is not disclosed"
-                found.append((2 * len(fields) + 1, detail, fields))
-            elif "tenant" not in fields and self._holds(other, token_ids, extras):
+            if other.tenant != space.tenant:
+                if replace(other, tenant=space.tenant) == space:
+                    detail = "a space of another tenant exists; what it holds is not disclosed"
+                    found.append((3, detail, ["tenant"]))
+            elif other != space and self._holds(other, token_ids, extras):
+                fields = space.differing_fields(other)
                 detail = "the prompt's first chunk is held in a space that differs"
                 found.append((2 * len(fields), detail, fields))
         if not found:

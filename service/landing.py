@@ -1,34 +1,36 @@
 """Room in RAM for chunks on their way to disk: RAM's policy would not keep them, the disk's would.
 
-Bytes reach the disk through RAM only. Such chunks are the first that RAM gives up, once they are
-written; till then they take at most a part of it, so that what RAM's policy does keep stays.
+Bytes reach the disk through RAM only. Such chunks are written as soon as they are committed, and
+till then they take at most a part of RAM, so that what its policy does keep stays. Then RAM has
+them like all others.
 """
 
+from collections.abc import Sequence
+
+from kvtier.chunks import ChunkKey
 from kvtier.service.placement import Placement
 from kvtier.tiers.base import Coming
-from kvtier.tiers.tree import Branch, Replica, State, TierId
+from kvtier.tiers.tree import Branch, Node, Replica, State, TierId
 
 # One part in so many of RAM.
 _SHARE = 8
 
 
 class Landing:
-    """What lands in RAM for the disk. `passes` says whether a chunk that RAM does not keep is ever
-    written."""
+    """What is in RAM on its way to the disk."""
 
-    def __init__(self, placement: Placement, *, passes: bool) -> None:
+    def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self._passes = passes and placement.store is not None
         self._most_bytes = placement.memory.arena.nbytes // _SHARE
         self._there: dict[Replica, None] = {}
         self._bytes = 0
 
-    def takes(self, branch: Branch, on_disk: Coming) -> bool:
-        """Whether a chunk may land: `on_disk` is what the disk's policy takes it to be."""
-        if not self._passes:
+    def takes(self, branch: Branch, key: ChunkKey, in_ram: Coming, on_disk: Coming) -> bool:
+        """Whether a chunk may land: what RAM's policy takes it to be, and the disk's."""
+        if not self.placement.passes(branch, key, in_ram):
             return False
         if self._bytes + branch.nbytes > self._most_bytes:
-            self._forget_gone()
+            self._forget_arrived()
         return self._bytes + branch.nbytes <= self._most_bytes and self._disk_keeps(branch, on_disk)
 
     def landed(self, replica: Replica) -> None:
@@ -36,10 +38,25 @@ class Landing:
         self._there[replica] = None
         self._bytes += replica.node.branch.nbytes
 
-    def _forget_gone(self) -> None:
-        for replica in [each for each in self._there if each.state is State.DETACHED]:
-            del self._there[replica]
-            self._bytes -= replica.node.branch.nbytes
+    def committed(self, nodes: Sequence[Node]) -> None:
+        """Chunks are new in RAM, in prompt order: those that landed are written next."""
+        for node in nodes:
+            replica = node.ready(TierId.CPU)
+            if replica is None or replica not in self._there:
+                continue
+            if not self.placement.is_unsaved(replica):  # it will not be written after all
+                self._forget(replica)
+
+    def _forget_arrived(self) -> None:
+        """Also those that went before they were written."""
+        for replica in list(self._there):
+            on_disk = replica.node.ready(TierId.DISK) is not None
+            if on_disk or replica.state is State.DETACHED:
+                self._forget(replica)
+
+    def _forget(self, replica: Replica) -> None:
+        del self._there[replica]
+        self._bytes -= replica.node.branch.nbytes
 
     def _disk_keeps(self, branch: Branch, coming: Coming) -> bool:
         placement, tenant = self.placement, branch.tenant

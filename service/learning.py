@@ -23,7 +23,7 @@ FILE = "learned"
 _MAGIC = b"kvtier learned 1"
 _LENGTHS = struct.Struct("<II")  # of a name, of its table
 _CHECKSUM = struct.Struct("<Q")
-MOST_BYTES = 256 << 10  # of the file; there are two while it is replaced
+MOST_BYTES = 512 << 10  # of the file; there are two while it is replaced
 _SAVE_EVERY_S = 60.0
 
 

@@ -5,7 +5,7 @@ answer got lost can still give it back. A read lease pins committed replicas; a 
 replicas that nobody can read yet.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -37,12 +37,15 @@ class Lease:
 
 
 class Leases:
-    """One session's leases over an index; `write_bytes` is what it holds reserved."""
+    """One session's leases over an index; `write_bytes` is what it holds reserved. `on_discard` is
+    told of each chunk that was reserved and is given up."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._leases: dict[int, Lease] = {}
+        self._ended: list[Lease] = []
         self.write_bytes = 0
+        self.on_discard: Callable[[Replica], None] = lambda replica: None
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -62,12 +65,6 @@ class Leases:
     def find(self, lease_id: int, mode: Mode) -> Lease | None:
         lease = self._leases.get(lease_id)
         return lease if lease is not None and lease.mode is mode else None
-
-    def reserved(self) -> Iterator[Replica]:
-        """What it holds reserved."""
-        for lease in self._leases.values():
-            if lease.mode is Mode.WRITE:
-                yield from lease.replicas.values()
 
     def add_read(self, lease: Lease, index: int, replica: Replica) -> None:
         """Pin a readable replica under the lease."""
@@ -94,16 +91,42 @@ class Leases:
         of a write lease were discarded."""
         del self._leases[lease.id]
         lease.ended = True
-        replicas = list(lease.replicas.items())
-        if lease.mode is Mode.READ:
-            for _, replica in replicas:
-                self._index.unpin(replica)
-            return 0
-        for index, replica in reversed(replicas):
-            self.take_written(lease, index)
-            self._index.abort(replica)
-        return len(replicas)
+        return self._give_back(lease, len(lease.replicas))
 
-    def end_all(self) -> int:
-        """End every lease; returns how many chunks were discarded."""
-        return sum(self.end(lease) for lease in list(self._leases.values()))
+    def end_all(self) -> None:
+        """End every lease; what they had is for `give_back`."""
+        for lease in self._leases.values():
+            lease.ended = True
+        self._ended += self._leases.values()
+        self._leases.clear()
+
+    @property
+    def given_back(self) -> bool:
+        """Whether nothing is left of the leases that ended."""
+        return not self._ended
+
+    def give_back(self, most: int) -> int:
+        """Give back so many chunks of the leases that ended together; returns how many of them were
+        discarded."""
+        discarded = 0
+        while self._ended and most > 0:
+            lease = self._ended[-1]
+            chunks = min(most, len(lease.replicas))
+            discarded += self._give_back(lease, chunks)
+            most -= max(1, chunks)
+            if not lease.replicas:
+                self._ended.pop()
+        return discarded
+
+    def _give_back(self, lease: Lease, chunks: int) -> int:
+        """Give back the last chunks of a lease; returns how many were discarded."""
+        if lease.mode is Mode.READ:
+            for _ in range(chunks):
+                self._index.unpin(lease.replicas.popitem()[1])
+            return 0
+        for _ in range(chunks):
+            _, replica = lease.replicas.popitem()
+            self.write_bytes -= replica.slot.nbytes
+            self.on_discard(replica)
+            self._index.abort(replica)
+        return chunks

@@ -1,11 +1,14 @@
 """One load: the longest held run, leased as it lands and answered in prompt order."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from itertools import islice
 
 from kvtier.service.answers import Landed, LoadStop
+from kvtier.service.batch import Batch
 from kvtier.service.leases import Lease, Leases
 from kvtier.service.overlaps import Overlap
 from kvtier.service.placement import Placement
@@ -20,15 +23,17 @@ _STOPS = {
     Outcome.CORRUPT: LoadStop.CORRUPT,
     Outcome.FAILED: LoadStop.FAILED,
 }
+# Chunks that begin to be brought between two turns of the loop, each some 40 microseconds.
+_MOST_AT_ONCE = 128
 _HITS = {TierId.GPU: "vram", TierId.CPU: "ram", TierId.DISK: "disk"}
 
 
 class Loading:
     """A load under way. What is in an arena that the client reaches is leased at once and what is
-    elsewhere is pinned by its promotion, so that nothing of the run can be evicted while it is
-    brought. With `raisings` the client reaches VRAM, and what it found in RAM is raised. `overlap`
-    is the chunk after the run that the prompt leaves half-way, where one was found. `on_end` is
-    called when it no longer waits for anything."""
+    elsewhere is pinned until its promotion pins it, so that nothing of the run can be evicted while
+    it is brought. With `raisings` the client reaches VRAM, and what it found in RAM is raised.
+    `overlap` is the chunk after the run that the prompt leaves half-way, where one was found.
+    `on_end` is called when it no longer waits for anything."""
 
     def __init__(
         self,
@@ -43,6 +48,10 @@ class Loading:
         self._raisings = raisings
         self._leases = leases
         self._lease = lease
+        self._run: list[Node] = []
+        self._reach = 0  # how many chunks of it can come
+        self._batch: Batch | None = None
+        self._sources: dict[int, Replica] = {}  # of what is to be brought, pinned
         self._awaited: dict[int, Promotion] = {}
         self.stop = LoadStop.COMPLETE
         self.overlap: Overlap | None = None
@@ -54,12 +63,12 @@ class Loading:
 
         All must be held when the first chunk is asked for. `deadline_s` is in seconds from then.
         """
-        until = None if deadline_s is None else time.monotonic() + deadline_s
+        until = math.inf if deadline_s is None else time.monotonic() + deadline_s
         try:
             overlap = self.overlap
-            wanted = self._begin(run if overlap is None else [*run, overlap.node])
+            self._begin(run if overlap is None else [*run, overlap.node])
             done = 0
-            while done < wanted:
+            while done < self._bring_some():
                 landed = self._landed_from(done)
                 if landed.chunks:
                     done += len(landed.chunks)
@@ -71,6 +80,7 @@ class Loading:
             if self._raisings is not None:  # once they are read: until then the bus is the client's
                 self._lease.on_release = partial(self._raisings.raise_up, run)
         finally:
+            self._let_go_of_sources()
             for promotion in self._awaited.values():
                 self._promotions.leave(promotion, Priority.DEMAND)
             self.on_end()
@@ -80,22 +90,54 @@ class Loading:
         overlap = self.overlap
         return overlap.tokens if overlap is not None and overlap.index == index else 0
 
-    def _begin(self, run: list[Node]) -> int:
-        """Lease what can be reached, start the rest; returns how many chunks there is room for."""
+    def _begin(self, run: list[Node]) -> None:
+        """Lease what can be reached, and keep the rest where it is."""
+        self._run, self._reach = run, len(run)
         for index, node in enumerate(run):
             replica = self._reachable(node)
             if replica is not None:
                 self._take(index, replica, replica.tier)
-        for index, node in enumerate(run):
-            if index in self._lease.replicas:
                 continue
-            promotion = self._promotions.join(node, Priority.DEMAND)
-            if promotion is None:
-                self.stop = LoadStop.NO_ROOM
-                return index
-            self._awaited[index] = promotion
-            promotion.outcome.add_done_callback(partial(self._land, index, promotion))
-        return len(run)
+            source = node.ready(TierId.GPU) or node.ready(TierId.DISK)
+            assert source is not None, "a chunk of the run is not held"
+            self._placement.index.pin(source)
+            self._sources[index] = source
+        self._batch = self._promotions.batch(run) if self._sources else None
+
+    def _bring_some(self) -> int:
+        """Start bringing some more of what is elsewhere; returns how many chunks can come."""
+        if self._batch is None or self._lease.ended:
+            return self._reach
+        self._batch.renew()
+        for index in list(islice(self._sources, _MOST_AT_ONCE)):
+            stop = self._bring(self._batch, index)
+            if stop is not None:
+                self.stop, self._reach = stop, index
+                self._let_go_of_sources()
+                break
+            self._placement.index.unpin(self._sources.pop(index))  # its promotion has pinned it
+        return self._reach
+
+    def _bring(self, batch: Batch, index: int) -> LoadStop | None:
+        """Start bringing a chunk; why that cannot be."""
+        node = self._run[index]
+        replica = self._reachable(node)
+        if replica is not None:  # another load has brought it meanwhile
+            self._take(index, replica, replica.tier)
+            return None
+        if not node.held:
+            return LoadStop.MISS
+        promotion = self._promotions.join(batch, index, Priority.DEMAND)
+        if promotion is None:
+            return LoadStop.NO_ROOM
+        self._awaited[index] = promotion
+        promotion.outcome.add_done_callback(partial(self._land, index, promotion))
+        return None
+
+    def _let_go_of_sources(self) -> None:
+        for source in self._sources.values():
+            self._placement.index.unpin(source)
+        self._sources.clear()
 
     def _reachable(self, node: Node) -> Replica | None:
         replica = node.ready(TierId.GPU) if self._raisings is not None else None
@@ -121,21 +163,23 @@ class Loading:
             index += 1
         return Landed(chunks)
 
-    async def _await_landing(self, index: int, until: float | None) -> bool:
-        """Wait for one chunk; False when it will not come, with `stop` set."""
+    async def _await_landing(self, index: int, until: float) -> bool:
+        """Give way before more is brought, or wait for one chunk; False when it will not come, with
+        `stop` set."""
         promotion = self._awaited.get(index)
-        if promotion is None:  # it was in RAM: only the lease's end takes it away
+        if self._sources:
+            await asyncio.sleep(0)
+            if time.monotonic() < until and not self._lease.ended:
+                return True
+        elif promotion is not None:
+            remaining = None if until == math.inf else max(0.0, until - time.monotonic())
+            await asyncio.wait({promotion.outcome}, timeout=remaining)
+        if self._lease.ended:  # only that takes away what was in RAM
             self.stop = LoadStop.RELEASED
             return False
-        outcome = promotion.outcome
-        remaining = None if until is None else max(0.0, until - time.monotonic())
-        await asyncio.wait({outcome}, timeout=remaining)
-        if self._lease.ended:
-            self.stop = LoadStop.RELEASED
-            return False
-        if not outcome.done():
+        if promotion is None or not promotion.outcome.done():
             self.stop = LoadStop.DEADLINE
             self._placement.counters.load_deadlines += 1
         elif index not in self._lease.replicas:
-            self.stop = _STOPS.get(outcome.result(), LoadStop.MISS)
+            self.stop = _STOPS.get(promotion.outcome.result(), LoadStop.MISS)
         return index in self._lease.replicas

@@ -14,17 +14,28 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import NamedTuple
 
 from kvtier.service.hints import clamped
+from kvtier.service.pace import Pace
 from kvtier.service.placement import Placement
 from kvtier.service.sessions import Session
-from kvtier.tiers.tree import Branch, Node, Replica, TierId
+from kvtier.tiers.tree import Branch, Node, Replica, Tenant, TierId
 
 PINS_PER_TENANT = 1024
 # In all of a tenant's pins, each as often as pins have it: what they cost to remember and to end.
 CHUNKS_PER_TENANT = 1 << 18
 LEAST_TTL_S = 1.0
 MOST_TTL_S = 7 * 86_400.0
+# Of what has expired, ended between two turns of the loop: a chunk of a pin or a pin, each some
+# 0.3 microseconds. While room is looked for, for many chunks in a row, only a few.
+_STEPS = 1024
+_FEW_STEPS = 16
+# Pins that ended before their time are dropped from the heap of all once they are so many.
+_MOST_STALE = 1024
 # Of a tier, by all tenants together, where one alone may not have more: the rest must do for those
 # who have no pins.
 _ALL_PERCENT = 50
@@ -58,7 +69,7 @@ class Pin:
     id: int
     branch: Branch
     session: Session | None
-    until_s: float  # by the clock of `Pins`
+    until_s: float  # by the clock of `Pins`; when its session has ended, long ago
     replicas: list[Replica] = field(default_factory=list)
 
     @property
@@ -78,6 +89,14 @@ class Pinned:
     ttl_s: float
 
 
+class _Due(NamedTuple):
+    """When a pin ends, unless it has ended or ends sooner; no two have the same place."""
+
+    until_s: float
+    place: int
+    pin: Pin
+
+
 @dataclass(slots=True, eq=False)
 class _Pinner:
     """One tenant's pins, by id, how many chunks they have, and what these take of each tier."""
@@ -93,7 +112,8 @@ async def _one_second() -> None:
 
 class Pins:
     """All pins. A tenant's take at most `percent` of each tier. The `clock` is one that nobody
-    sets; each `tick` ends what has expired, and so does every look for room."""
+    sets; each `tick` ends what has expired, others having their turns in between, and every look
+    for room ends some of it."""
 
     def __init__(
         self,
@@ -111,10 +131,13 @@ class Pins:
         self._tenants: dict[str, _Pinner] = {}
         self._nbytes = [0] * len(TierId)
         self._on: dict[Replica, list[Pin]] = {}
-        self._next_s = math.inf  # no pin expires before
+        self._due: list[_Due] = []  # a heap
+        self._stale = 0  # of them, how many say nothing any more
+        self._places = count()
         self._ticking: asyncio.Task[None] | None = None
         self._index.on_detached = self._lost
-        placement.before_room = self.expire
+        placement.before_room = partial(self.expire, _FEW_STEPS)
+        placement.shares.pinned = self._pinned
 
     def start(self) -> None:
         """Start the clock's ticks; needs the running loop."""
@@ -132,12 +155,13 @@ class Pins:
     async def _watch(self) -> None:
         while True:
             await self._tick()
-            self.expire()
+            await self.end_expired()
 
     # ── what clients ask for ──────────────────────────────────────────────────────────────────────
 
     def pin(self, session: Session, run: Sequence[Node], wanted: int, terms: Terms) -> Pinned:
-        """Keep as much of a held run as may be; `wanted` are the keys that were named."""
+        """Keep as much of a held run as may be; `wanted` are the keys that were named. What has
+        expired counts until it is ended."""
         self.expire()
         ttl_s, was_clamped = clamped(terms.ttl_s, LEAST_TTL_S, MOST_TTL_S)
         self._counters.clamped_hints += was_clamped
@@ -152,6 +176,7 @@ class Pins:
         owner = session if terms.end_with_session else None
         pin = Pin(secrets.randbits(64) or 1, session.branch, owner, until_s)
         tenant.pins[pin.id] = pin
+        self._await_end(pin)
         before = run[0].path()[:-1]
         bound = self._keep(tenant, pin, [*before, *run])
         self._counters.pins_cut += bound is not None
@@ -160,7 +185,6 @@ class Pins:
             self._end(pin)
             return Pinned(None, 0, bound or stop, ttl_s)
         self._counters.pins_made += 1
-        self._next_s = min(self._next_s, until_s)
         return Pinned(pin, chunks, bound or stop, ttl_s)
 
     def unpin(self, session: Session, pin_id: int) -> None:
@@ -173,12 +197,17 @@ class Pins:
         """The pins of the session's tenant, each with the seconds that it has left."""
         self.expire()
         now_s = self._clock()
-        return [(pin, pin.until_s - now_s) for pin in self._of(session).values()]
+        pins = self._of(session).values()
+        return [(pin, pin.until_s - now_s) for pin in pins if pin.until_s > now_s]
 
     def session_ended(self, session: Session) -> None:
-        """End the pins that were to end with a session."""
-        for pin in [pin for pin in self._of(session).values() if pin.session is session]:
-            self._end(pin)
+        """End the pins that were to end with a session, some now and the rest in a moment."""
+        for pin in self._of(session).values():
+            if pin.session is session:
+                pin.until_s = -math.inf
+                self._await_end(pin)
+                self._stale += 1
+        self.expire()
 
     def _of(self, session: Session) -> dict[int, Pin]:
         tenant = self._tenants.get(session.branch.tenant.name)
@@ -186,19 +215,38 @@ class Pins:
 
     # ── what ends them ────────────────────────────────────────────────────────────────────────────
 
-    def expire(self) -> None:
-        """End the pins whose time is over."""
-        now_s = self._clock()
-        if now_s < self._next_s:
-            return
-        everyone = [pin for tenant in self._tenants.values() for pin in tenant.pins.values()]
-        for pin in everyone:
-            if pin.until_s <= now_s:
-                self._end(pin)
-                self._counters.pins_expired += 1
-        self._next_s = min(
-            (pin.until_s for pin in everyone if pin.until_s > now_s), default=math.inf
-        )
+    async def end_expired(self) -> None:
+        """End all pins whose time is over."""
+        pace = Pace(1)
+        while self.expire():
+            await pace.stepped()
+
+    def expire(self, steps: int = _STEPS) -> bool:
+        """End pins whose time is over, from the last chunk of each, in so many steps; False when
+        there are no more."""
+        now_s, due = self._clock(), self._due
+        while due and due[0].until_s <= now_s:
+            pin = due[0].pin
+            while pin.replicas and steps:
+                self._let_go_of_last(pin)
+                steps -= 1
+            if not steps:
+                return True
+            steps -= 1
+            if self._is_stale(heappop(due)):
+                self._stale -= 1
+            else:
+                self._counters.pins_expired += pin.until_s > -math.inf
+                self._forget(pin)
+        return False
+
+    def _await_end(self, pin: Pin) -> None:
+        heappush(self._due, _Due(pin.until_s, next(self._places), pin))
+
+    def _is_stale(self, due: _Due) -> bool:
+        tenant = self._tenants.get(due.pin.branch.tenant.name)
+        is_over = tenant is None or tenant.pins.get(due.pin.id) is not due.pin
+        return is_over or due.until_s != due.pin.until_s
 
     def _lost(self, replica: Replica) -> None:
         """A chunk was removed: its memory must not wait for the end of a pin."""
@@ -209,8 +257,17 @@ class Pins:
                 self._end(pin)
 
     def _end(self, pin: Pin) -> None:
+        """End a pin before its time."""
         while pin.replicas:
             self._let_go_of_last(pin)
+        self._forget(pin)
+        self._stale += 1
+        if self._stale > max(_MOST_STALE, len(self._due) // 2):
+            self._due = [due for due in self._due if not self._is_stale(due)]
+            heapify(self._due)
+            self._stale = 0
+
+    def _forget(self, pin: Pin) -> None:
         name = pin.branch.tenant.name
         pins = self._tenants[name].pins
         del pins[pin.id]
@@ -258,6 +315,10 @@ class Pins:
             del self._on[replica]
             self._count(tenant, replica, -1)
             self._index.unpin(replica)
+
+    def _pinned(self, tenant: Tenant, tier: TierId) -> int:
+        pinner = self._tenants.get(tenant.name)
+        return pinner.nbytes[tier] if pinner is not None else 0
 
     def _count(self, tenant: _Pinner, replica: Replica, sign: int) -> None:
         nbytes = sign * _bytes_of(replica)

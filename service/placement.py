@@ -17,7 +17,7 @@ from kvtier.chunks import ChunkKey
 from kvtier.kernels.shared_memory import SharedMemory
 from kvtier.metrics import Counters
 from kvtier.service.history import History, Loss, Why
-from kvtier.service.shares import Shares
+from kvtier.service.shares import Losers, Shares
 from kvtier.service.vram import Vram
 from kvtier.tiers.arena import Arena, Slab, Slot, slot_bytes_of
 from kvtier.tiers.base import Coming, Policy, Store
@@ -70,13 +70,24 @@ class Rules:
     quota_percent: dict[TierId, int] = field(default_factory=lambda: dict.fromkeys(TierId, 100))
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request for room in a tier, for chunks of one branch. It asks for all of them before the
+    loop's next turn: `losers` says whose chunks may go."""
+
+    tier: TierId
+    branch: Branch
+    losers: Losers
+
+
 class Placement:
     """Owns the index and gives tiers their room. `on_asked` is told of requests, `on_commit` of
     chunks new in RAM, `on_hit` of held ones that are asked for, `on_lonely` of a chunk that VRAM
     would give up if another tier had it. `is_unsaved` says whether the disk is still to have a
-    chunk of RAM. `make_way` gives up what nobody waits for on its way to RAM. `on_stored` is told
-    of chunks that a client committed, `on_gone` of one that no tier has any more. `before_room` is
-    called before room is looked for."""
+    chunk of RAM, `passes` whether it is to have one that RAM does not keep. `make_way` gives up
+    some of what nobody waits for on its way to RAM. `on_stored` is told of chunks that a client
+    committed, `on_gone` of one that no tier has any more. `before_room` is called before room is
+    looked for."""
 
     def __init__(
         self,
@@ -106,8 +117,9 @@ class Placement:
         self.on_hit: Callable[[Sequence[Node]], None] = lambda nodes: None
         self.on_lonely: Callable[[Node], object] = lambda node: None
         self.is_unsaved: Callable[[Replica], bool] = lambda replica: False
+        self.passes: Callable[[Branch, ChunkKey, Coming], bool] = lambda *refused: False
         self.make_way: Callable[[TierId, Refusal, Tenant], bool] = lambda *refused: False
-        self.before_room: Callable[[], None] = lambda: None
+        self.before_room: Callable[[], object] = lambda: None
         self.on_stored: Callable[[Sequence[Node]], None] = lambda nodes: None
         self.on_gone: Callable[[Node, Loss], None] = lambda node, loss: None
 
@@ -135,17 +147,21 @@ class Placement:
 
     def coming(self, tier: TierId, nodes: Sequence[Node]) -> list[Coming]:
         """What a tier's policy takes chunks to be that another one holds, each the parent of the
-        next."""
+        next. What the engine said of the last one holds for all of them."""
         first = nodes[0]
         keys = [node.key for node in nodes]
-        return self.index.arrival(first.branch, tier, first.parent, keys, self.clock())
+        label = _label_of(nodes[-1]) if tier is not TierId.GPU else 0
+        return self.index.arrival(first.branch, tier, first.parent, keys, self.clock(), label)
 
     # ── RAM and VRAM ──────────────────────────────────────────────────────────────────────────────
 
+    def claim(self, tier: TierId, branch: Branch) -> Claim:
+        """Ask for room in a tier, until the loop's next turn."""
+        return Claim(tier, branch, self.shares.losers(tier, branch.tenant))
+
     def begin_in(
         self,
-        tier: TierId,
-        branch: Branch,
+        claim: Claim,
         begin: Callable[[Slot], Replica],
         coming: Coming | None,
         *,
@@ -154,9 +170,10 @@ class Placement:
         """Enter a replica in a slot of an arena, making room as needed. With `coming`, only where
         it is worth more than what goes for it; `ahead`: nothing that is on its way makes way for
         it."""
-        slot = self._room(tier, branch, coming)
-        if isinstance(slot, Refusal) and not ahead and self.make_way(tier, slot, branch.tenant):
-            slot = self._room(tier, branch, coming)
+        tier, tenant = claim.tier, claim.branch.tenant
+        slot = self._room(claim, coming)
+        while isinstance(slot, Refusal) and not ahead and self.make_way(tier, slot, tenant):
+            slot = self._room(claim, coming)
         if isinstance(slot, Refusal):
             return slot
         replica = begin(slot)
@@ -172,21 +189,22 @@ class Placement:
         assert self.vram is not None
         return self.vram.arena
 
-    def _room(self, tier: TierId, branch: Branch, coming: Coming | None) -> Slot | Refusal:
+    def _room(self, claim: Claim, coming: Coming | None) -> Slot | Refusal:
         self.before_room()
-        arena, nbytes = self._arena(tier), branch.nbytes
-        refusal = self._heed_quota(tier, branch, coming)
+        arena, nbytes = self._arena(claim.tier), claim.branch.nbytes
+        refusal = self._heed_quota(claim.tier, claim.branch, coming)
         if refusal is not None:
             return refusal
         slot = arena.allocate(nbytes)
         if slot is None and arena.could_fit(nbytes):
-            return self._make_room(tier, branch, coming)
+            return self._make_room(claim, coming)
         return slot if slot is not None else Refusal.NO_ROOM
 
-    def _make_room(self, tier: TierId, branch: Branch, coming: Coming | None) -> Slot | Refusal:
+    def _make_room(self, claim: Claim, coming: Coming | None) -> Slot | Refusal:
+        tier, branch = claim.tier, claim.branch
         arena, slot_bytes = self._arena(tier), slot_bytes_of(branch.nbytes)
         stuck: set[tuple[Slab, bool]] = set()
-        for victim in self._victims(tier, branch.tenant):
+        for victim in self._victims(claim):
             slab = victim.slot.slab
             unsaved = tier is TierId.GPU or self.is_unsaved(victim)
             if (slab, unsaved) in stuck:
@@ -224,10 +242,10 @@ class Placement:
             return True
         return tenant.policies[victim.tier].admits(coming, victim)
 
-    def _victims(self, tier: TierId, asker: Tenant) -> Iterator[Replica]:
-        """What a tier may give up for a chunk of the asker's."""
-        for tenant in self.shares.losers(tier, asker):
-            yield from self._victims_of(tenant, tier)
+    def _victims(self, claim: Claim) -> Iterator[Replica]:
+        """What a tier may give up for a chunk."""
+        for tenant in claim.losers:
+            yield from self._victims_of(tenant, claim.tier)
 
     def _victims_of(self, tenant: Tenant, tier: TierId) -> Iterator[Replica]:
         """What a tier may give up of a tenant's."""
@@ -264,12 +282,13 @@ class Placement:
     def _empty_slab(self, slab: Slab, tier: TierId, *, unsaved: bool) -> bool:
         """Move a slab to another layout by evicting all in it; False when something there is
         leased, or nowhere else, or, without `unsaved`, when the disk is still to have some."""
-        doomed = self._hanging_on(slab, tier)
-        if any(replica.pins or replica.state is not State.READY for replica in doomed):
+        residents = list(filter(None, self._residents[slab]))  # some may have left the tree
+        doomed = _hanging_on(residents, tier)
+        if any(each.pins or each.state is not State.READY for each in (*residents, *doomed)):
             return False
         if not unsaved and [each for each in doomed if self.is_unsaved(each)]:  # all are queued
             return False
-        for replica in reversed(doomed):
+        for replica in doomed:
             if not replica.evictable:
                 return False  # elsewhere something hangs on it that this tier alone holds up
             if tier is TierId.GPU and replica.node.ready_count == 1:
@@ -277,24 +296,12 @@ class Placement:
             self.evict(replica, Why.LAYOUT)
         return True
 
-    def _hanging_on(self, slab: Slab, tier: TierId) -> list[Replica]:
-        """A slab's replicas and all that continue them in their tier, children after their
-        parents."""
-        found: dict[Replica, None] = {}
-        for resident in filter(None, self._residents[slab]):
-            for node in resident.node.subtree():
-                replica = node.replica(tier)
-                if replica is not None:
-                    found.pop(replica, None)  # a child always comes after its parent
-                    found[replica] = None
-        return list(found)
-
     # ── disk ──────────────────────────────────────────────────────────────────────────────────────
 
-    def room_on_disk(self, branch: Branch, nbytes: int, coming: Coming) -> Refusal | None:
+    def room_on_disk(self, claim: Claim, nbytes: int, coming: Coming) -> Refusal | None:
         """Make room for one more chunk in the store beside others that were promised theirs, all
         together `nbytes`; None when there is."""
-        store = self.store
+        store, branch = self.store, claim.branch
         assert store is not None
         if nbytes > store.capacity_bytes:
             return Refusal.NO_ROOM
@@ -302,7 +309,7 @@ class Placement:
         refusal = self._heed_quota(TierId.DISK, branch, coming)
         if refusal is not None or store.used_bytes + nbytes <= store.capacity_bytes:
             return refusal
-        for victim in self._victims(TierId.DISK, branch.tenant):
+        for victim in self._victims(claim):
             if not self._is_worth(coming, branch, victim):
                 return Refusal.NOT_WORTH
             self.evict(victim, self._why(branch, victim))
@@ -324,11 +331,12 @@ class Placement:
         """Note that a chunk was offered and not taken."""
         self.history.note(branch.digest, key, Loss(why, TierId.CPU), self.clock())
 
-    def lose(self, node: Node, why: Why) -> int:
-        """Remove a chunk and all that continues it; returns how many chunks went."""
+    def lose(self, node: Node, why: Why, *, continued: bool = False) -> int:
+        """Remove a chunk and all that continues it; returns how many chunks went. `continued`: it
+        goes itself because of one before it."""
         dropped = self.index.drop_subtree(node)
         for member in dropped:
-            self._gone(member, Loss(why, continued=member is not node))
+            self._gone(member, Loss(why, continued=continued or member is not node))
         return len(dropped)
 
     def lose_vram(self) -> int:
@@ -366,3 +374,23 @@ class Placement:
         elif replica.place is not None:
             assert self.store is not None
             self.store.delete(replica.record)
+
+
+def _label_of(node: Node) -> int:
+    """What the fastest tier below VRAM knows that an engine said of a chunk."""
+    for tier in (TierId.CPU, TierId.DISK):
+        replica = node.ready(tier)
+        if replica is not None:
+            return node.branch.tenant.policies[tier].label(replica)
+    return 0
+
+
+def _hanging_on(residents: Sequence[Replica], tier: TierId) -> list[Replica]:
+    """These and all that continues them in their tier, children before their parents."""
+    found: dict[Node, None] = {}
+    for resident in residents:
+        below = [resident.node] if resident.node not in found else []
+        for node in below:
+            below += [child for child in node.children() if child not in found]
+        found |= dict.fromkeys(reversed(below))
+    return [replica for node in found if (replica := node.replica(tier)) is not None]

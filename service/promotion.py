@@ -1,16 +1,21 @@
 """Disk or VRAM to RAM: one promotion per chunk, shared by everyone who wants it."""
 
 from asyncio import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtier.kernels.device import Urgency
+from kvtier.service.batch import Batch
 from kvtier.service.history import Why
 from kvtier.service.placement import Placement, Refusal
 from kvtier.tiers.base import Outcome
 from kvtier.tiers.tree import Node, Replica, State, Tenant, TierId
 from kvtier.transfer.bus import Haul
 from kvtier.transfer.mover import Mover, Priority, Ticket
+
+# Guesses given up for one chunk, before it is seen whether there is room for it.
+_MOST_GIVEN_UP = 64
 
 
 class Copy(Protocol):
@@ -56,10 +61,14 @@ class Promotions:
         placement.on_lonely = self.bring_down
         placement.make_way = self._make_way
 
-    def join(self, node: Node, priority: Priority) -> Promotion | None:
+    def batch(self, nodes: Sequence[Node]) -> Batch:
+        """Chunks of one prefix that a request wants in RAM, to be joined one by one."""
+        return Batch(self._placement, TierId.CPU, nodes)
+
+    def join(self, batch: Batch, index: int, priority: Priority) -> Promotion | None:
         """Promote a chunk that is on disk or in VRAM and not in RAM, or join its promotion; None:
         no room, or with PREFETCH none that it is worth. `leave` ends the interest."""
-        promotion = self._live.get(node) or self._start(node, priority)
+        promotion = self._live.get(batch.nodes[index]) or self._start(batch, index, priority)
         if promotion is None:
             return None
         promotion.wanted[priority] += 1
@@ -84,7 +93,9 @@ class Promotions:
 
     def bring_down(self, node: Node) -> None:
         """Give a chunk that VRAM alone has a place in RAM, whatever goes for it."""
-        promotion = self._live.get(node) or self._start(node, Priority.PREFETCH, kept=True)
+        promotion = self._live.get(node)
+        if promotion is None:
+            promotion = self._start(self.batch([node]), 0, Priority.PREFETCH, kept=True)
         if promotion is not None:
             promotion.kept = True
 
@@ -107,8 +118,8 @@ class Promotions:
         return True
 
     def _make_way(self, tier: TierId, refusal: Refusal, tenant: Tenant) -> bool:
-        """Give up what nobody waits for and has not started, for a chunk of a tenant that somebody
-        does wait for and that a tier refused; False where that is no help."""
+        """Give up some of what nobody waits for and has not started, for a chunk of a tenant that
+        somebody does wait for and that a tier refused; False where that is no help."""
         if tier is not TierId.CPU or refusal is Refusal.NOT_WORTH:
             return False
         guesses = [
@@ -116,16 +127,24 @@ class Promotions:
             for node, promotion in self._live.items()
             if promotion.is_guess and (refusal is Refusal.NO_ROOM or node.branch.tenant is tenant)
         ]
-        return sum([self._give_up(promotion) for promotion in reversed(guesses)]) > 0
+        given_up = 0
+        for promotion in reversed(guesses):
+            given_up += self._give_up(promotion)
+            if given_up == _MOST_GIVEN_UP:
+                break
+        return given_up > 0
 
-    def _start(self, node: Node, priority: Priority, *, kept: bool = False) -> Promotion | None:
+    def _start(
+        self, batch: Batch, index: int, priority: Priority, *, kept: bool = False
+    ) -> Promotion | None:
+        node = batch.nodes[index]
         source = node.ready(TierId.GPU) or node.ready(TierId.DISK)
         assert source is not None, "promotion of a chunk that no other tier holds"
-        index, ahead = self._placement.index, priority is Priority.PREFETCH and not kept
-        index.pin(source)
-        target = self._begin_target(node, ahead=ahead)
+        tree, ahead = self._placement.index, priority is Priority.PREFETCH and not kept
+        tree.pin(source)
+        target = self._begin_target(batch, index, ahead=ahead)
         if isinstance(target, Refusal):
-            index.unpin(source)
+            tree.unpin(source)
             return None
         copy = self._begin_copy(source, target, priority)
         promotion = self._live[node] = Promotion(source, target, copy, ahead)
@@ -134,25 +153,23 @@ class Promotions:
         copy.outcome.add_done_callback(lambda done: self._finish(promotion, done.result()))
         return promotion
 
-    def _begin_target(self, node: Node, *, ahead: bool) -> Replica | Refusal:
+    def _begin_target(self, batch: Batch, index: int, *, ahead: bool) -> Replica | Refusal:
         """A slot of RAM: what is read ahead gets one only where it is worth more than what goes for
         it, and nothing that is on its way makes way for it."""
-        placement, index = self._placement, self._placement.index
-        [coming] = placement.coming(TierId.CPU, [node])
+        tree, node, coming = self._placement.index, batch.nodes[index], batch.coming(index)
         above = node.parent.ready(TierId.CPU) if ahead and node.parent is not None else None
         if above is not None:
-            index.pin(above)  # the room must not be its own parent's
+            tree.pin(above)  # the room must not be its own parent's
         try:
-            return placement.begin_in(
-                TierId.CPU,
-                node.branch,
-                lambda slot: index.begin(node, TierId.CPU, slot, coming),
+            return self._placement.begin_in(
+                batch.claim,
+                lambda slot: tree.begin(node, TierId.CPU, slot, coming),
                 coming if ahead else None,
                 ahead=ahead,
             )
         finally:
             if above is not None:
-                index.unpin(above)
+                tree.unpin(above)
 
     def _begin_copy(self, source: Replica, target: Replica, priority: Priority) -> Copy:
         if source.tier is TierId.DISK:

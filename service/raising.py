@@ -1,10 +1,11 @@
 """RAM to VRAM, behind the loads: chunks that an engine on the device asked for and found in RAM."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 
 from kvtier.kernels.device import Urgency
+from kvtier.service.batch import Batch
 from kvtier.service.placement import Placement, Refusal
 from kvtier.service.vram import Vram
 from kvtier.tiers.base import Outcome
@@ -23,39 +24,39 @@ class Raisings:
         self._vram = vram
         self.under_way_bytes = 0
 
-    def raise_up(self, nodes: Iterable[Node]) -> None:
+    def raise_up(self, nodes: Sequence[Node]) -> None:
         """Start raising chunks of one prefix, in prompt order, as far as there is room."""
-        if self._vram.lost:
+        if self._vram.lost or not nodes:
             return
-        for node in nodes:
+        batch = Batch(self._placement, TierId.GPU, nodes)
+        for index, node in enumerate(nodes):
             if node.in_gpu is not None:
                 continue
             source = node.ready(TierId.CPU)
-            if source is None or not self._start(node, source):
+            if source is None or not self._start(batch, index, source):
                 return
 
-    def _start(self, node: Node, source: Replica) -> bool:
+    def _start(self, batch: Batch, index: int, source: Replica) -> bool:
+        node = batch.nodes[index]
         placement, nbytes = self._placement, node.branch.nbytes
         if (self.under_way_bytes + nbytes) * _UNDER_WAY_SHARE > self._vram.arena.nbytes:
             return False
-        index = placement.index
+        tree, coming = placement.index, batch.coming(index)
         above = node.parent.ready(TierId.GPU) if node.parent is not None else None
-        [coming] = placement.coming(TierId.GPU, [node])
-        index.pin(source)  # now: the room may cost RAM, for what VRAM alone has is brought down
+        tree.pin(source)  # now: the room may cost RAM, for what VRAM alone has is brought down
         if above is not None:
-            index.pin(above)  # the room must not be its own parent's
+            tree.pin(above)  # the room must not be its own parent's
         try:
             target = placement.begin_in(
-                TierId.GPU,
-                node.branch,
-                lambda slot: index.begin(node, TierId.GPU, slot, coming),
+                batch.claim,
+                lambda slot: tree.begin(node, TierId.GPU, slot, coming),
                 coming,
             )
         finally:
             if above is not None:
-                index.unpin(above)
+                tree.unpin(above)
         if isinstance(target, Refusal):
-            index.unpin(source)
+            tree.unpin(source)
             return False
         self.under_way_bytes += nbytes
         haul = self._vram.bus.move(

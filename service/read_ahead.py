@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from kvtier.chunks import ChunkKey
+from kvtier.service.batch import Batch
+from kvtier.service.pace import Pace
 from kvtier.service.placement import Placement
 from kvtier.service.promotion import Promotion, Promotions
-from kvtier.service.sessions import Session
+from kvtier.service.sessions import Session, Sessions
 from kvtier.tiers.arena import slot_bytes_of
 from kvtier.tiers.base import Outcome
 from kvtier.tiers.tree import Node, Replica, TierId
@@ -23,6 +25,8 @@ from kvtier.transfer.mover import Priority
 _IN_MEMORY = (TierId.GPU, TierId.CPU)
 # What all sessions together may have under way, in shares of one.
 _SESSIONS = 2
+# Chunks that begin to be brought between two turns of the loop, each some 40 microseconds.
+_MOST_AT_ONCE = 128
 # Chunks that came and were not asked for yet, remembered to count those that are.
 _MOST_REMEMBERED = 16_384
 
@@ -31,7 +35,11 @@ class ReadAhead:
     """What sessions have on its way. One of them may have `percent` of RAM under way at once, all
     together twice that: what is beyond is not brought."""
 
-    def __init__(self, placement: Placement, promotions: Promotions, percent: int) -> None:
+    def __init__(
+        self, placement: Placement, promotions: Promotions, sessions: Sessions, percent: int
+    ) -> None:
+        self._sessions = sessions
+        self._starting: set[asyncio.Task[tuple[int, int]]] = set()
         self._placement = placement
         self._promotions = promotions
         self._most_bytes = placement.memory.arena.nbytes * percent // 100
@@ -39,17 +47,30 @@ class ReadAhead:
         self._claims: dict[Session, dict[Node, Promotion]] = {}
         self._unused: OrderedDict[Node, Replica] = OrderedDict()
 
-    def bring(self, session: Session, run: Sequence[Node]) -> tuple[int, int]:
-        """Start bringing chunks of one prefix, in prompt order, as far as there is room; returns
-        (in RAM or VRAM already, on their way for this session)."""
+    def start(self, session: Session, run: Sequence[Node]) -> None:
+        """Bring chunks in a moment."""
+        task = asyncio.create_task(self.bring(session, run), name="kvtier-read-ahead")
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def bring(self, session: Session, run: Sequence[Node]) -> tuple[int, int]:
+        """Start bringing chunks of one prefix, in prompt order, as far as there is room and while
+        the session lasts; returns (in RAM or VRAM already, on their way for this session)."""
         there = coming = 0
-        for node in run:
+        if not run or session not in self._sessions:
+            return there, coming
+        batch, pace = self._promotions.batch(run), Pace(_MOST_AT_ONCE)
+        for index, node in enumerate(run):
             if any(node.ready(tier) for tier in _IN_MEMORY):
                 there += 1
-            elif node in self._claims.get(session, ()) or self._begin(session, node):
+            elif node in self._claims.get(session, ()) or self._begin(session, batch, index):
                 coming += 1
             else:
                 break
+            if await pace.stepped():
+                batch.renew()
+                if session not in self._sessions:
+                    break
         return there, coming
 
     def give_up(self, session: Session, keys: Iterable[ChunkKey]) -> int:
@@ -80,7 +101,8 @@ class ReadAhead:
             for node in run:
                 self._leave(session, node)
 
-    def _begin(self, session: Session, node: Node) -> bool:
+    def _begin(self, session: Session, batch: Batch, index: int) -> bool:
+        node = batch.nodes[index]
         nbytes = slot_bytes_of(node.branch.nbytes)
         claims = self._claims.get(session, {})
         if (
@@ -89,7 +111,7 @@ class ReadAhead:
             or self._under_way_bytes + nbytes > _SESSIONS * self._most_bytes
         ):
             return False
-        promotion = self._promotions.join(node, Priority.PREFETCH)
+        promotion = self._promotions.join(batch, index, Priority.PREFETCH)
         if promotion is None:
             return False
         self._claims.setdefault(session, {})[node] = promotion

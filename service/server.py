@@ -25,6 +25,7 @@ from kvtier.errors import AlreadyRunning, ConfigError
 from kvtier.kernels.allocator import keep_freed_memory
 from kvtier.proto.cache_pb2_grpc import add_CacheServicer_to_server
 from kvtier.service.build import Core, Progress, build
+from kvtier.service.collection import IdleCollection
 from kvtier.service.servicer import SERVICE, Servicer, inline_handlers
 from kvtier.service.status import ErrorStatus
 
@@ -105,17 +106,32 @@ async def serve(config: Config, progress: Progress, on_ready: Callable[[], None]
     try:
         core = build(config, progress)
         gc.freeze()  # what was built stays as long as the service: it need not be looked at again
+        collection = IdleCollection(core.cache.placement.counters.as_dict)
+        collection.start()
         try:
-            server, health = await _start(config, core, socket)
-        except BaseException:
-            await core.stop()
-            raise
-        on_ready()
-        await stop.wait()
-        return await _stop(core, server, health)
+            return await _serve_until(stop, config, core, socket, on_ready)
+        finally:
+            collection.close()
     finally:
         if lock is not None and socket is not None:
             lock.release(socket)
+
+
+async def _serve_until(
+    stop: asyncio.Event,
+    config: Config,
+    core: Core,
+    socket: Path | None,
+    on_ready: Callable[[], None],
+) -> bool:
+    try:
+        server, health = await _start(config, core, socket)
+    except BaseException:
+        await core.stop()
+        raise
+    on_ready()
+    await stop.wait()
+    return await _stop(core, server, health)
 
 
 async def _start(

@@ -30,6 +30,8 @@ from kvtier.service.explain import Explainer
 from kvtier.service.hints import Hints
 from kvtier.service.leases import Lease
 from kvtier.service.overlaps import Offered
+from kvtier.service.pace import in_turns
+from kvtier.service.reserving import MOST_AT_ONCE
 from kvtier.service.sessions import Session
 from kvtier.tiers.curve_tenants import Curves
 from kvtier.tiers.tree import TierId
@@ -176,7 +178,7 @@ class Servicer(CacheServicer):
         session, keys = self._session_and_keys(request.session_id, request.keys)
         if request.cancel:
             return pb.PrefetchResponse(promoting=self._cache.cancel_prefetch(session, keys))
-        in_ram, promoting = self._cache.prefetch(session, keys)
+        in_ram, promoting = await self._cache.prefetch(session, keys)
         return pb.PrefetchResponse(in_ram=in_ram, promoting=promoting)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
@@ -187,7 +189,8 @@ class Servicer(CacheServicer):
         layout = session.branch.space.layout
         offered = offered_of(request.tokens, request.parent, len(keys), layout.tokens)
         hints = self._hints(request)
-        answers = self._cache.reserve(session, request.lease_id, keys, parent, hints)
+        pieces = self._cache.reserve_in_pieces(session, request.lease_id, keys, parent, hints)
+        answers = await in_turns(pieces, MOST_AT_ONCE)
         if offered is not None:
             self._cache.learn(session, keys, offered)
         return pb.ReserveResponse(
@@ -264,10 +267,11 @@ class Servicer(CacheServicer):
         session, keys = self._session_and_keys(request.session_id, request.keys)
         if request.whole_space and keys:
             raise InvalidRequest("keys: must be empty with whole_space")
-        chunks = self._cache.evict(session, keys, whole_space=request.whole_space)
+        chunks = await self._cache.evict(session, keys, whole_space=request.whole_space)
         return pb.EvictResponse(chunks=chunks)
 
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        await self._cache.pins.end_expired()  # that is not to count against it
         session, keys = self._session_and_keys(request.session_id, request.keys)
         return pinned_to(self._cache.pin(session, keys, terms_of(request)))
 

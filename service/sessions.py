@@ -8,11 +8,14 @@ from pathlib import Path
 
 from kvtier.errors import LimitReached, SessionEnded
 from kvtier.service.leases import Leases
+from kvtier.service.pace import Pace
 from kvtier.tiers.index import Index
 from kvtier.tiers.tree import Branch
 from kvtier.transfer.paths.shm import Tether
 
 SESSION_ID_BYTES = 16
+# Chunks of ended leases given back in one turn of the loop, each in some 5 microseconds.
+_MOST_AT_ONCE = 512
 _TETHER_RETRY_S = 0.05
 _TETHER_WATCH_S = 1.0
 
@@ -45,6 +48,7 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         # Connections that broke while their process still lives and may be copying.
         self._lingering: dict[bytes, Session] = {}
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._reaper: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -90,10 +94,11 @@ class Sessions:
             session.tether.is_released()  # notes that it is held
         return session
 
-    def uses(self, branch: Branch) -> bool:
-        """Whether a session is connected to that space."""
+    @property
+    def branches(self) -> set[Branch]:
+        """The spaces that sessions are connected to."""
         everyone = (*self._sessions.values(), *self._lingering.values())
-        return any(session.branch is branch for session in everyone)
+        return {session.branch for session in everyone}
 
     def end(self, session: Session) -> None:
         """End a session. Its leases end now, or when its process has let go of the arena."""
@@ -128,6 +133,7 @@ class Sessions:
             self._bury(session)
         self._sessions.clear()
         self._lingering.clear()
+        await asyncio.gather(*self._giving_back)
 
     async def _reap(self) -> None:
         while self._lingering:
@@ -148,6 +154,21 @@ class Sessions:
                     session.closing.set()
 
     def _bury(self, session: Session) -> None:
-        self._on_discard(session.leases.end_all())
+        """Give back what an ended session leased: some now, the rest while others have turns."""
+        session.leases.end_all()
+        self._give_back(session.leases)
+        if not session.leases.given_back:
+            task = asyncio.create_task(self._give_back_rest(session.leases), name="kvtier-leases")
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
         if session.tether is not None:
             session.tether.close()
+
+    def _give_back(self, leases: Leases) -> None:
+        self._on_discard(leases.give_back(_MOST_AT_ONCE))
+
+    async def _give_back_rest(self, leases: Leases) -> None:
+        pace = Pace(1)
+        while not leases.given_back:
+            await pace.stepped()
+            self._give_back(leases)

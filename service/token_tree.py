@@ -8,6 +8,7 @@ Bounded in bytes: the texts that were used least recently are forgotten.
 """
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeAlias
@@ -49,7 +50,9 @@ class TokenTree:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: dict[Node, _Entry] = {}  # least recently used first
+        # Least recently used first. Not a plain dict: one that is emptied from the front is scanned
+        # over its dead entries.
+        self._entries: OrderedDict[Node, _Entry] = OrderedDict()
         self._children: dict[Parent, list[_Entry]] = {}  # the published ones, by text
 
     def __len__(self) -> int:
@@ -75,7 +78,7 @@ class TokenTree:
 
     def touch(self, node: Node) -> None:
         """A chunk in here was used."""
-        self._entries[node] = self._entries.pop(node)
+        self._entries.move_to_end(node)
 
     def forget(self, node: Node) -> None:
         """Drop a chunk's text; unknown ones are ignored."""

@@ -4,16 +4,19 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtier.service.demotion import Cause
-from kvtier.service.placement import Placement
+from kvtier.service.pace import Pace
+from kvtier.service.placement import Claim, Placement
 from kvtier.tiers.base import ChunkMeta, Coming, Record, StoreJob
 from kvtier.tiers.tree import Node, Replica, State, TierId
 from kvtier.transfer.mover import Mover
 
-# In one transaction: preparing it must not hold the loop up, however small chunks are.
+# In one transaction, however small chunks are: it is prepared and entered while others wait.
 _MOST_CHUNKS = 1024
+# Chunks looked at between two turns of the loop, each some ten microseconds.
+_STEPS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,21 @@ class _Write:
     source: Replica
     target: Replica
     cause: Cause
+    job: StoreJob
+
+
+@dataclass(slots=True)
+class _Group:
+    """What goes into one transaction. `promised_bytes` is the most that it takes of the disk."""
+
+    writes: list[_Write] = field(default_factory=list)
+    nbytes: int = 0
+    promised_bytes: int = 0
+
+    @property
+    def room(self) -> int:
+        """How many more chunks it may have."""
+        return _MOST_CHUNKS - len(self.writes)
 
 
 class WriteBehind:
@@ -39,6 +57,7 @@ class WriteBehind:
         # Not a plain dict: one that is emptied from the front is scanned over its dead entries.
         self._dirty: OrderedDict[Node, Cause] = OrderedDict()
         self._dirty_bytes = 0
+        self._beginning: dict[Node, Cause] = {}  # a run that is out of it
         self._some = asyncio.Event()
         self._full = asyncio.Event()
         self._clean = asyncio.Event()
@@ -53,7 +72,7 @@ class WriteBehind:
     def add(self, nodes: Iterable[Node], cause: Cause) -> None:
         """Note chunks that the disk is to have, parents before their children."""
         for node in nodes:
-            if node.in_disk is None and node not in self._dirty:
+            if node.in_disk is None and node not in self:
                 self._dirty[node] = cause
                 self._dirty_bytes += node.branch.nbytes
         if self._dirty:
@@ -64,7 +83,7 @@ class WriteBehind:
 
     def __contains__(self, node: Node) -> bool:
         """Whether a chunk waits to be written; then all before it is on its way, too."""
-        return node in self._dirty
+        return node in self._dirty or node in self._beginning
 
     async def flush(self, timeout_s: float) -> bool:
         """Write everything now; False when time ran out first."""
@@ -88,38 +107,37 @@ class WriteBehind:
             await self._some.wait()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self._interval_s)
-            batch = self._take()
-            if batch:
+            group = await self._take()
+            if group.writes:
                 # Shielded: a transaction that has begun must be entered in the index or taken back.
-                await asyncio.shield(asyncio.ensure_future(self._write(batch)))
+                await asyncio.shield(asyncio.ensure_future(self._write(group.writes)))
             if not self._dirty:
                 self._some.clear()
                 self._full.clear()
                 self._clean.set()
 
-    def _take(self) -> list[_Write]:
-        """The next group; room for it is made."""
-        batch: list[_Write] = []
-        taken = promised = 0
-        while self._dirty and taken < self._commit_bytes and len(batch) < _MOST_CHUNKS:
-            causes = self._pop_run()
-            run = list(causes)
-            for node, coming in zip(run, self._placement.coming(TierId.DISK, run), strict=True):
-                write = self._begin(node, coming, causes[node], promised)
-                if write is not None:
-                    batch.append(write)
-                    taken += node.branch.nbytes
-                    promised += self._worst_bytes(node)
+    async def _take(self) -> _Group:
+        """The next group; room for it is made, while others have their turns."""
+        group = _Group()
+        pace = Pace(_STEPS)
+        try:
+            while self._dirty and group.nbytes < self._commit_bytes and group.room:
+                self._beginning = self._pop_run(group.room)
+                await self._begin_run(group, pace)
+        except BaseException:  # also the end: what was begun is taken back
+            for write in group.writes:
+                self._finish(write, None)
+            raise
         if not self._enough:
             self._full.clear()
-        return batch
+        return group
 
-    def _pop_run(self) -> dict[Node, Cause]:
+    def _pop_run(self, most: int) -> dict[Node, Cause]:
         """Chunks from the front, each the parent of the next."""
         run: dict[Node, Cause] = {}
         nbytes = 0
         last: Node | None = None
-        while self._dirty and nbytes < self._commit_bytes and len(run) < _MOST_CHUNKS:
+        while self._dirty and nbytes < self._commit_bytes and len(run) < most:
             node = next(iter(self._dirty))
             if last is not None and node.parent is not last:
                 break
@@ -129,7 +147,24 @@ class WriteBehind:
         self._dirty_bytes -= nbytes
         return run
 
-    def _begin(self, node: Node, coming: Coming, cause: Cause, promised: int) -> _Write | None:
+    async def _begin_run(self, group: _Group, pace: Pace) -> None:
+        """Begin what is still to be written of a run, as one arrival."""
+        run = list(self._beginning)
+        claim: Claim | None = None
+        for node, coming in zip(run, self._placement.coming(TierId.DISK, run), strict=True):
+            cause = self._beginning.pop(node)
+            claim = claim or self._placement.claim(TierId.DISK, node.branch)
+            write = self._begin(claim, node, coming, cause, group.promised_bytes)
+            if write is not None:
+                group.writes.append(write)
+                group.nbytes += node.branch.nbytes
+                group.promised_bytes += self._worst_bytes(node)
+            if await pace.stepped():
+                claim = None  # it was for that turn
+
+    def _begin(
+        self, claim: Claim, node: Node, coming: Coming, cause: Cause, promised: int
+    ) -> _Write | None:
         """Begin a chunk's disk replica where there is room for it beside what was promised."""
         placement = self._placement
         source = self._writable(node)
@@ -140,14 +175,16 @@ class WriteBehind:
         if above is not None:
             placement.index.pin(above)  # nor what it continues
         nbytes = promised + self._worst_bytes(node)
-        refusal = placement.room_on_disk(node.branch, nbytes, coming)
+        refusal = placement.room_on_disk(claim, nbytes, coming)
         if above is not None:
             placement.index.unpin(above)
         if refusal is not None:
             placement.counters.disk_skipped_chunks += 1
             placement.index.unpin(source)
             return None
-        return _Write(source, placement.index.begin(node, TierId.DISK, None, coming), cause)
+        meta = ChunkMeta(node.key, node.parent_key, node.branch.space, node.created_s)
+        job = StoreJob(meta, placement.memory.view(source.slot))
+        return _Write(source, placement.index.begin(node, TierId.DISK, None, coming), cause, job)
 
     def _worst_bytes(self, node: Node) -> int:
         store = self._placement.store
@@ -169,22 +206,15 @@ class WriteBehind:
             return None
         return node.ready(TierId.CPU)
 
-    async def _write(self, batch: list[_Write]) -> None:
-        memory = self._placement.memory
-        jobs = [
-            StoreJob(
-                ChunkMeta(node.key, node.parent_key, node.branch.space, node.created_s),
-                memory.view(write.source.slot),
-            )
-            for write in batch
-            for node in [write.source.node]
-        ]
-        records: list[Record | None] = [None] * len(batch)
+    async def _write(self, writes: list[_Write]) -> None:
+        records: list[Record | None] = [None] * len(writes)
         try:
-            records = await self._mover.store(jobs)
+            records = await self._mover.store([write.job for write in writes])
         finally:
-            for write, record in zip(batch, records, strict=True):
+            pace = Pace(_STEPS)
+            for write, record in zip(writes, records, strict=True):
                 self._finish(write, record)
+                await pace.stepped()
 
     def _finish(self, write: _Write, record: Record | None) -> None:
         index, counters = self._placement.index, self._placement.counters

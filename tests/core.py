@@ -184,10 +184,10 @@ async def harness(
     writing = writing or Writing(When.WRITE_THROUGH)
     demotion = Demotion(placement, writing, write_behind)
     placement.on_commit, placement.on_hit = demotion.committed, demotion.asked
-    placement.is_unsaved = demotion.is_unsaved
+    placement.is_unsaved, placement.passes = demotion.is_unsaved, demotion.passes
     write_behind.start()
     sessions = Sessions(placement.index, limits.sessions, memory.region.path, counters.add_aborted)
-    retained = Retained(ttl_s, limits, read_ahead_percent, writing.when.passes_through)
+    retained = Retained(ttl_s, limits, read_ahead_percent)
     cache = Cache(
         placement,
         promotions,

@@ -229,10 +229,10 @@ class Actor:
             await pause(self.chance)
 
     async def prefetch(self) -> None:
-        self.h.cache.prefetch(self.session, self.keys())
+        await self.h.cache.prefetch(self.session, self.keys())
 
     async def evict(self) -> None:
-        self.h.cache.evict(self.session, self.keys()[-1:], whole_space=False)
+        await self.h.cache.evict(self.session, self.keys()[-1:], whole_space=False)
 
     async def reconnect(self) -> None:
         ended, self.session = self.session, self._connect()

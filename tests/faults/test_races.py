@@ -72,7 +72,7 @@ async def test_what_is_evicted_while_it_is_written_to_disk_stays_evicted(tmp_pat
         prefix = h.chain_of(session, 4)
         h.put(session, prefix)
         await store.storing.acquire()
-        assert h.cache.evict(session, [], whole_space=True) == 4
+        assert await h.cache.evict(session, [], whole_space=True) == 4
         explainer = Explainer(h.placement.index, h.placement.history, Config())
         told = explainer.explain(session.branch, prefix.keys, b"", [])
         assert {each.state for each in told} == {KeyState.EVICTED}
@@ -93,7 +93,7 @@ async def test_what_is_evicted_while_it_is_promoted_stays_evicted(tmp_path: Path
         h.store.gate.clear()
         load = asyncio.create_task(h.get(session, prefix))
         await h.store.loading.acquire()
-        assert h.cache.evict(session, prefix.keys[:1], whole_space=False) == 4
+        assert await h.cache.evict(session, prefix.keys[:1], whole_space=False) == 4
         h.store.gate.set()
         came, stop, lease = await load
         assert (came, stop) == (0, LoadStop.MISS)
@@ -110,7 +110,7 @@ async def test_what_is_evicted_while_it_is_read_keeps_its_bytes(tmp_path: Path) 
         prefix = h.chain_of(session, 4)
         h.put(session, prefix)
         _, _, lease = await h.get(session, prefix)
-        h.cache.evict(other, [], whole_space=True)
+        await h.cache.evict(other, [], whole_space=True)
         later = h.chain_of(other, 8, seed=1)
         assert h.put(other, later) == [WRITE] * 4 + [ReserveOutcome.NO_ROOM] * 4
         for index, replica in lease.replicas.items():
@@ -133,7 +133,7 @@ async def test_a_prefetch_that_evicts_what_it_was_to_bring_next_just_stops(
         h.put(session, prefix[4:])
         h.put(session, h.chain_of(session, 4, seed=1))
         session_reads = await h.get(session, h.chain_of(session, 4, seed=1))
-        in_ram, promoting = h.cache.prefetch(session, prefix.keys)
+        in_ram, promoting = await h.cache.prefetch(session, prefix.keys)
         assert in_ram + promoting < 8
         session.leases.end(session_reads[2])
         h.placement.index.check()
@@ -146,7 +146,7 @@ async def test_a_chunk_stored_again_while_its_old_copy_is_read(tmp_path: Path) -
         h.put(session, prefix)
         _, _, lease = await h.get(session, prefix)
         old = {replica.slot.offset for replica in lease.replicas.values()}
-        h.cache.evict(session, [], whole_space=True)
+        await h.cache.evict(session, [], whole_space=True)
         assert h.put(session, prefix) == [WRITE] * 2
         _, _, second = await h.get(session, prefix)
         assert old.isdisjoint(replica.slot.offset for replica in second.replicas.values())
@@ -177,7 +177,7 @@ async def test_a_get_stops_when_its_session_ends_and_sends_nothing_of_others(
         first = pb.GetResponse.FromString(inline.write_get(await anext(call)))
         assert set(first.piece.data) == {ord("k")}
         h.cache.end_session(session)
-        h.cache.evict(session, [], whole_space=True)
+        await h.cache.evict(session, [], whole_space=True)
         h.placement.memory.region.view[:] = bytes(h.placement.memory.region.nbytes)
         with pytest.raises(KvtierError):
             await anext(call)

@@ -263,7 +263,7 @@ async def test_prefetch_brings_chunks_without_a_lease(tmp_path: Path) -> None:
         await h.write_behind.flush(10)
         h.only_on_disk()
         await h.get(session, prefix[:1])
-        assert h.cache.prefetch(session, prefix.keys) == (1, 2)
+        assert await h.cache.prefetch(session, prefix.keys) == (1, 2)
         came, _, _ = await h.get(session, prefix)
         assert came == 3
 
@@ -338,9 +338,9 @@ async def test_evict_removes_chunks_and_what_continues_them(tmp_path: Path) -> N
         session = h.session()
         prefix = h.chain_of(session, 4)
         h.put(session, prefix)
-        assert h.cache.evict(session, [prefix.keys[2]], whole_space=False) == 2
+        assert await h.cache.evict(session, [prefix.keys[2]], whole_space=False) == 2
         assert h.cache.lookup(session, prefix.keys)[0] == 2
-        assert h.cache.evict(session, [], whole_space=True) == 2
+        assert await h.cache.evict(session, [], whole_space=True) == 2
 
 
 async def test_limits_are_kept(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.service.answers import ReserveOutcome
 from kvtier.service.demotion import Demotion, When, Writing
+from kvtier.service.history import Why
 from kvtier.service.sessions import Session
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.tree import TierId
@@ -106,6 +108,23 @@ async def test_a_slab_that_moves_to_another_layout_costs_nothing_unwritten(tmp_p
         assert sum(node.held for node in narrow.branch.nodes) == held
 
 
+async def test_a_slab_is_not_emptied_in_vain(tmp_path: Path) -> None:
+    """A client still reads a chunk of it that was removed: its slot cannot be had."""
+    async with harness(tmp_path, slots=64) as h:
+        session = h.session()
+        read, kept = h.chain_of(session, 1, seed=1), h.chain_of(session, 1, seed=2)
+        h.put(session, read)
+        h.put(session, kept)
+        assert await written(h) == 2
+        _, _, lease = await h.get(session, read)
+        [slab] = h.placement._residents
+        h.placement.lose(session.branch.nodes[read.keys[0]], Why.REMOVED)
+        assert not h.placement._empty_slab(slab, TierId.CPU, unsaved=True)
+        assert h.cache.lookup(session, kept.keys) == (1, 1)
+        session.leases.end(lease)
+        assert h.placement._empty_slab(slab, TierId.CPU, unsaved=True)
+
+
 async def test_second_touch_writes_what_is_asked_for_again(tmp_path: Path) -> None:
     async with harness(tmp_path, slots=8, writing=Writing(When.SECOND_TOUCH)) as h:
         session = h.session()
@@ -121,6 +140,20 @@ async def test_second_touch_writes_what_is_asked_for_again(tmp_path: Path) -> No
             h.put(session, h.chain_of(session, 4, seed=seed))
         assert h.cache.lookup(session, once.keys) == (0, 0)
         assert h.cache.lookup(session, twice.keys) == (2, 0)
+
+
+async def test_what_is_stored_again_is_written_with_all_that_it_continues(tmp_path: Path) -> None:
+    """Its leading chunk was never lost, and nobody has asked for it."""
+    async with harness(tmp_path, slots=8, writing=Writing(When.SECOND_TOUCH)) as h:
+        session = h.session()
+        prompt = h.chain_of(session, 2)
+        h.put(session, prompt)
+        lost = session.branch.nodes[prompt.keys[1]].in_cpu
+        assert lost is not None
+        h.placement.evict(lost)
+        assert await written(h) == 0
+        assert h.put(session, prompt) == [ReserveOutcome.EXISTS, ReserveOutcome.WRITE]
+        assert await written(h) == 2
 
 
 class Foreseeing:

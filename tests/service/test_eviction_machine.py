@@ -10,11 +10,13 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier.chunks import ChunkKey, Prefix
+from kvtier.service import loading, read_ahead, removals, write_behind
 from kvtier.service.answers import CommitOutcome, LoadStop
 from kvtier.service.demotion import When, Writing
 from kvtier.service.hints import Hints, Label
@@ -35,6 +37,13 @@ LENGTH, FAMILIES_OF_PROMPTS = 8, 4
 _WIDE = Layout("int8", 6, 2, 64, tokens=CHUNK_TOKENS, planes=2)  # two slots, the other takes one
 SPACES = [space(tenant="a"), Space("wide", _WIDE, tenant="a"), space(tenant="b")]
 ResultT = TypeVar("ResultT")
+# What long work does between two turns of the loop.
+PIECES = [
+    (loading, "_MOST_AT_ONCE"),
+    (read_ahead, "_MOST_AT_ONCE"),
+    (removals, "_STEPS"),
+    (write_behind, "_STEPS"),
+]
 who, length = st.integers(0, len(SPACES) - 1), st.sampled_from([*range(1, LENGTH + 1), LENGTH])
 family = st.integers(0, FAMILIES_OF_PROMPTS - 1)
 hints = st.builds(Hints, st.integers(0, 6), st.sampled_from([Label.NONE, *Label]))
@@ -53,8 +62,14 @@ class EvictionMachine(RuleBasedStateMachine):
         slots=st.sampled_from([8, 12, 24, 40]),
         disk_slots=st.sampled_from([0, 16, 1 << 20]),
         quota=st.sampled_from([100, 100, 40]),
+        piece=st.sampled_from([1, 2, 128]),
     )
-    def start(self, policy: str, when: When, slots: int, disk_slots: int, quota: int) -> None:
+    def start(
+        self, policy: str, when: When, slots: int, disk_slots: int, quota: int, piece: int
+    ) -> None:
+        self.patch = pytest.MonkeyPatch()
+        for module, name in PIECES:
+            self.patch.setattr(module, name, piece)
         self.folder = Path(tempfile.mkdtemp())
         self.loop = asyncio.new_event_loop()
         self.store = MemoryStore(capacity_bytes=disk_slots * SLOT_BYTES)
@@ -73,6 +88,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.loads: list[asyncio.Task[tuple[int, LoadStop]]] = []  # of leases that have ended
         self.ids = itertools.count(1)
         self.gone: set[ChunkKey] = set()
+        self.removing: list[asyncio.Task[int]] = []
 
     def run(self, what: Coroutine[Any, Any, ResultT]) -> ResultT:
         return self.loop.run_until_complete(asyncio.wait_for(what, PATIENCE_S))
@@ -91,7 +107,8 @@ class EvictionMachine(RuleBasedStateMachine):
         """Call the cache on its loop."""
 
         async def on_loop() -> Any:
-            return call(*said, **more)
+            answer = call(*said, **more)
+            return await answer if asyncio.iscoroutine(answer) else answer
 
         return self.run(on_loop())
 
@@ -186,11 +203,15 @@ class EvictionMachine(RuleBasedStateMachine):
         session, keys = self.asked(who, family, length)
         self.called(self.cache.pin, session, keys, Terms(ttl_s, ends))
 
-    @rule(who=who, family=family, at=st.integers(0, LENGTH - 1))
-    def remove(self, who: int, family: int, at: int) -> None:
+    @rule(who=who, family=family, at=st.integers(0, LENGTH - 1), awaited=st.booleans())
+    def remove(self, who: int, family: int, at: int, awaited: bool) -> None:
         session = self.sessions[who]
         first = self.prefix(session, family)[at]
-        self.called(self.cache.evict, session, [first], whole_space=False)
+        removing = self.loop.create_task(self.cache.evict(session, [first], whole_space=False))
+        if not awaited:
+            self.removing.append(removing)
+            return
+        self.run(asyncio.wait_for(removing, PATIENCE_S))
         for other in range(FAMILIES_OF_PROMPTS):
             keys = self.prefix(session, other).keys
             self.gone.update(keys[at:] if first == keys[at] else ())
@@ -231,7 +252,7 @@ class EvictionMachine(RuleBasedStateMachine):
 
     async def all_settle(self) -> None:
         reading = [use.load for use in self.using if use.load]
-        await asyncio.gather(*reading, *self.loads)
+        await asyncio.gather(*reading, *self.loads, *self.removing)
         while self.core.promotions._live:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert await self.core.write_behind.flush(PATIENCE_S)
@@ -284,6 +305,7 @@ class EvictionMachine(RuleBasedStateMachine):
             self.run(self.running.__aexit__(None, None, None))
         finally:
             self.loop.close()
+            self.patch.undo()
             shutil.rmtree(self.folder)
 
     async def all_goes(self) -> None:

@@ -144,7 +144,7 @@ async def test_removed_by_a_client_with_what_continued_it(tmp_path: Path) -> Non
         session = h.session()
         prefix = h.chain_of(session, 3)
         h.put(session, prefix)
-        h.cache.evict(session, prefix.keys[1:2], whole_space=False)
+        await h.cache.evict(session, prefix.keys[1:2], whole_space=False)
         kept, removed, below = explain(h, session, prefix)
         assert kept.state is KeyState.RAM
         assert removed.state is below.state is KeyState.EVICTED

@@ -16,7 +16,6 @@ from kvtier.proto import cache_pb2 as pb
 from kvtier.service.convert import hints_of
 from kvtier.service.hints import LONGEST_NEXT_USE_S, Hints, Label
 from kvtier.service.uses import _KNOWN
-from kvtier.tiers.base import Coming
 from kvtier.tiers.policies.learner import LABELS
 from kvtier.tiers.policies.lru import Arrival, Lru
 from kvtier.tiers.tree import Replica, TierId
@@ -47,8 +46,8 @@ class Recorder(Lru[Replica]):
         self.arrivals.append((len(keys), label))
         return super().arrival(above, keys, now_s, label)
 
-    def added(self, entry: Replica, coming: Coming) -> None:
-        super().added(entry, coming)
+    def label(self, entry: Replica) -> int:
+        return Label.TOOL_USE
 
 
 def recording(h: Harness) -> Iterator[Recorder]:
@@ -90,11 +89,12 @@ def test_whatever_is_told_is_one_label_and_what_is_out_of_range_is_counted(
 LABELLED = [
     (pb.Hints(), Label.NONE),
     (pb.Hints(request=7), Label.NONE),
-    (pb.Hints(expected_next_use_s=0.5), Label.WITHIN_A_MINUTE),
-    (pb.Hints(expected_next_use_s=60), Label.WITHIN_A_MINUTE),
-    (pb.Hints(expected_next_use_s=61), Label.WITHIN_TEN_MINUTES),
-    (pb.Hints(expected_next_use_s=3600), Label.WITHIN_AN_HOUR),
-    (pb.Hints(expected_next_use_s=3601), Label.LATER_OR_NEVER),
+    (pb.Hints(expected_next_use_s=0.5), Label.WITHIN_20_S),
+    (pb.Hints(expected_next_use_s=20), Label.WITHIN_20_S),
+    (pb.Hints(expected_next_use_s=21), Label.WITHIN_200_S),
+    (pb.Hints(expected_next_use_s=200), Label.WITHIN_200_S),
+    (pb.Hints(expected_next_use_s=2000), Label.WITHIN_2000_S),
+    (pb.Hints(expected_next_use_s=2001), Label.LATER_OR_NEVER),
     (pb.Hints(expected_next_use_s=86400), Label.LATER_OR_NEVER),
     (pb.Hints(expected_next_use_s=math.inf), Label.LATER_OR_NEVER),
     (pb.Hints(session_end=True), Label.LATER_OR_NEVER),
@@ -107,7 +107,7 @@ LABELLED = [
     (pb.Hints(priority=-2), Label.LOW_PRIORITY),
     (pb.Hints(priority=-(2**31)), Label.LOW_PRIORITY),
     # What tells most makes the label.
-    (pb.Hints(expected_next_use_s=5, session_end=True, priority=2), Label.WITHIN_A_MINUTE),
+    (pb.Hints(expected_next_use_s=5, session_end=True, priority=2), Label.WITHIN_20_S),
     (pb.Hints(session_end=True, stop_reason=pb.STOP_REASON_TOOL_USE), Label.LATER_OR_NEVER),
     (pb.Hints(stop_reason=pb.STOP_REASON_TOOL_USE, priority=-1), Label.TOOL_USE),
     (pb.Hints(stop_reason=pb.STOP_REASON_LENGTH, priority=-1), Label.LOW_PRIORITY),
@@ -143,6 +143,21 @@ async def test_new_chunks_are_labelled_and_so_are_those_before_them(tmp_path: Pa
         assert ram.asks == disk.asks == [], "a hint is not a use"
 
 
+async def test_what_was_said_goes_with_a_chunk_to_disk_and_back(tmp_path: Path) -> None:
+    async with harness(tmp_path) as h:
+        _, ram, disk = recording(h)
+        session = h.session()
+        prefix = h.chain_of(session, 3)
+        h.put(session, prefix)
+        assert await h.write_behind.flush(10)
+        assert disk.arrivals == [(3, Label.TOOL_USE)]
+        h.only_on_disk()
+        ram.arrivals.clear()
+        _, _, lease = await h.get(session, prefix)
+        session.leases.end(lease)
+        assert ram.arrivals == [(3, Label.TOOL_USE)]
+
+
 async def test_chunks_that_continue_what_is_held_hint_at_all_before_them(tmp_path: Path) -> None:
     async with harness(tmp_path) as h:
         _, ram, _ = recording(h)
@@ -167,12 +182,12 @@ async def test_a_load_and_a_lookup_hint_too_and_without_a_label_nothing_is_said(
         await asyncio.sleep(0)
         lease = h.cache.open_read(session, 900)
         chunks, _ = h.cache.load(
-            session, lease, prefix[:2].keys, None, hints=Hints(5, Label.WITHIN_AN_HOUR)
+            session, lease, prefix[:2].keys, None, hints=Hints(5, Label.WITHIN_2000_S)
         )
         assert [len(landed.chunks) async for landed in chunks] == [2]
         assert ram.said == [
             ([*prefix], Label.LATER_OR_NEVER),
-            ([*prefix[:2]], Label.WITHIN_AN_HOUR),
+            ([*prefix[:2]], Label.WITHIN_2000_S),
         ]
         h.cache.lookup(session, prefix.keys, Hints(6))
         await asyncio.sleep(0)

@@ -51,6 +51,23 @@ async def test_they_reach_the_disk_through_a_part_of_ram(
         assert h.cache.lookup(session, kept.keys)[1] == 28, "the rest of RAM stays"
 
 
+@pytest.mark.parametrize("when", [When.DEMOTE, When.WRITE_THROUGH])
+async def test_they_are_written_at_once_and_make_way_for_the_next(
+    tmp_path: Path, picky: list[TierId], when: When
+) -> None:
+    async with harness(tmp_path, slots=32, writing=Writing(when)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 32))
+        await on_disk(h)
+        picky.append(TierId.CPU)
+        for seed in range(1, 6):
+            prompt = h.chain_of(session, 6, seed=seed)
+            assert h.put(session, prompt) == [WRITE] * 4 + [NOT_WORTH] * 2
+            await on_disk(h)
+            nodes = [session.branch.nodes[key] for key in prompt.keys[:4]]
+            assert all(node.ready(TierId.DISK) for node in nodes)
+
+
 async def test_they_land_again_once_those_before_have_gone(
     tmp_path: Path, picky: list[TierId]
 ) -> None:
@@ -81,12 +98,45 @@ async def test_nothing_lands_that_the_disk_does_not_keep(
         assert h.put(session, h.chain_of(session, 2, seed=1)) == [WRITE, NOT_WORTH]
 
 
-@pytest.mark.parametrize("when", [When.SECOND_TOUCH, When.REUSE])
-async def test_nothing_lands_that_is_not_written(
-    tmp_path: Path, picky: list[TierId], when: When
+async def test_what_is_not_known_does_not_land_where_the_second_touch_writes(
+    tmp_path: Path, picky: list[TierId]
 ) -> None:
-    async with harness(tmp_path, slots=8, writing=Writing(when)) as h:
+    async with harness(tmp_path, slots=32, writing=Writing(When.SECOND_TOUCH)) as h:
         session = h.session()
-        h.put(session, h.chain_of(session, 8))
+        h.put(session, h.chain_of(session, 32))
         picky.append(TierId.CPU)
-        assert h.put(session, h.chain_of(session, 2, seed=1)) == [NOT_WORTH] * 2
+        prompt = h.chain_of(session, 2, seed=1)
+        assert h.put(session, prompt) == [NOT_WORTH] * 2
+        assert h.put(session, prompt) == [WRITE] * 2, "it was offered before"
+        assert await on_disk(h) == 2
+        assert h.placement.counters.disk_written_bytes_second_touch == 2 * 4096
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.7])
+async def test_where_reuse_writes_only_what_is_likely_lands(
+    tmp_path: Path, picky: list[TierId], monkeypatch: pytest.MonkeyPatch, chance: float
+) -> None:
+    monkeypatch.setattr(Lru, "likely", lambda policy, coming: chance)
+    monkeypatch.setattr(Lru, "reuse", lambda policy, entry, now_s: chance)
+    async with harness(tmp_path, slots=32, writing=Writing(When.REUSE, 0.5)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 32))
+        written = await on_disk(h)
+        picky.append(TierId.CPU)
+        found = h.put(session, h.chain_of(session, 2, seed=1))
+        assert found == ([WRITE] * 2 if chance > 0.5 else [NOT_WORTH] * 2)
+        assert await on_disk(h) == written + 2 * (chance > 0.5)
+
+
+async def test_what_landed_and_is_not_likely_any_more_makes_way(
+    tmp_path: Path, picky: list[TierId], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lru, "likely", lambda policy, coming: 0.7)
+    monkeypatch.setattr(Lru, "reuse", lambda policy, entry, now_s: 0.3)
+    async with harness(tmp_path, slots=32, writing=Writing(When.REUSE, 0.5)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 32))
+        picky.append(TierId.CPU)
+        for seed in range(1, 6):
+            assert h.put(session, h.chain_of(session, 4, seed=seed)) == [WRITE] * 4
+        assert await on_disk(h) == 0

@@ -85,10 +85,17 @@ class LeaseMachine(RuleBasedStateMachine):
         assert leases.end(lease) == expected
         assert lease.ended
 
-    @rule(session=st.integers(0, 1))
-    def lose_a_client(self, session: int) -> None:
+    @rule(session=st.integers(0, 1), piece=st.integers(1, 5))
+    def lose_a_client(self, session: int, piece: int) -> None:
         leases = self.sessions[session]
+        mine = [lease for other, lease in self.open if other is leases]
+        reserved = sum(len(lease.replicas) for lease in mine if lease.mode is Mode.WRITE)
         leases.end_all()
+        assert all(lease.ended for other, lease in self.open if other is leases)
+        discarded = 0
+        while not leases.given_back:
+            discarded += leases.give_back(piece)
+        assert discarded == reserved
         self.open = [pair for pair in self.open if pair[0] is not leases]
         assert len(leases) == 0
         assert leases.write_bytes == 0

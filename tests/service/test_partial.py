@@ -230,7 +230,7 @@ async def test_what_is_evicted_is_forgotten(tmp_path: Path, whole_space: bool) -
         session = h.session()
         prefix = store(h, session, STORED)
         doomed = [] if whole_space else [prefix[1]]
-        h.cache.evict(session, doomed, whole_space=whole_space)
+        await h.cache.evict(session, doomed, whole_space=whole_space)
         assert len(h.cache.overlaps.tree) == (0 if whole_space else 1)
         assert await load(h, session, [1, 2, 3, 4, 5, 60]) == ((0, 0) if whole_space else (1, 0))
 

@@ -65,7 +65,7 @@ class Life:
 
     async def evict(self, tokens: list[int], extra: bytes) -> None:
         prefix, _ = prompt_of(self.session, tokens, extra)
-        self.h.cache.evict(self.session, prefix.keys[-1:], whole_space=not prefix.keys)
+        await self.h.cache.evict(self.session, prefix.keys[-1:], whole_space=not prefix.keys)
 
     async def to_disk(self, tokens: list[int], extra: bytes) -> None:
         await self.h.write_behind.flush(10.0)

@@ -1,6 +1,7 @@
 """Pins beside everything else that happens to chunks: whatever the order, they keep what they name,
 count what they keep, and leave nothing behind."""
 
+import asyncio
 import itertools
 import shutil
 import tempfile
@@ -85,7 +86,10 @@ class PinsMachine(RuleBasedStateMachine):
 
     @rule(who=who)
     def release(self, who: int) -> None:
-        self.sessions[who].leases.end_all()
+        leases = self.sessions[who].leases
+        leases.end_all()
+        while not leases.given_back:
+            leases.give_back(LENGTH)
 
     @rule(
         who=who,
@@ -122,7 +126,7 @@ class PinsMachine(RuleBasedStateMachine):
     def evict(self, who: int, family: int, length: int) -> None:
         """A client's wish wins over pins."""
         gone = self.prefix(who, family, length)[-1:]
-        self.cache.evict(self.sessions[who], gone.keys, whole_space=False)
+        asyncio.run(self.cache.evict(self.sessions[who], gone.keys, whole_space=False))
         for pin, keys in list(self.kept.items()):
             if gone.keys[0] in keys:
                 self.kept[pin] = keys[: keys.index(gone.keys[0])]
@@ -172,7 +176,7 @@ class PinsMachine(RuleBasedStateMachine):
         for each in self.placement.index.spaces:
             nodes = self.placement.index.branch(each).nodes
             assert all(r is None or not r.pins for node in nodes for r in node.replicas)
-            self.cache.evict(self.open(SPACES.index(each)), [], whole_space=True)
+            asyncio.run(self.cache.evict(self.open(SPACES.index(each)), [], whole_space=True))
         assert self.placement.memory.arena.used_bytes == 0
         self.placement.memory.region.close(unlink=True)
         shutil.rmtree(self.folder)

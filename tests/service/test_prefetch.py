@@ -108,7 +108,7 @@ async def test_zero_percent_reads_nothing_ahead(tmp_path: Path) -> None:
         session = h.session()
         (prefix,) = await on_disk(h, session, 4)
         assert h.cache.lookup(session, prefix.keys) == (4, 0)
-        assert h.cache.prefetch(session, prefix.keys) == (0, 0)
+        assert await h.cache.prefetch(session, prefix.keys) == (0, 0)
         await turn()
         assert h.store.loads == []
 
@@ -120,11 +120,13 @@ async def test_what_is_under_way_is_bounded_for_each_and_for_all(tmp_path: Path)
         sessions = [h.session() for _ in range(3)]
         prefixes = await on_disk(h, sessions[0], 6, 6, 6)
         store.gate.clear()
-        brought = [h.cache.prefetch(s, p.keys) for s, p in zip(sessions, prefixes, strict=True)]
+        brought = [
+            await h.cache.prefetch(s, p.keys) for s, p in zip(sessions, prefixes, strict=True)
+        ]
         assert brought == [(0, 4), (0, 4), (0, 0)]
-        assert h.cache.prefetch(sessions[0], prefixes[0].keys) == (0, 4), "they are counted once"
+        assert await h.cache.prefetch(sessions[0], prefixes[0].keys) == (0, 4), "counted once"
         await settle(h)
-        assert h.cache.prefetch(sessions[2], prefixes[2].keys) == (0, 4)
+        assert await h.cache.prefetch(sessions[2], prefixes[2].keys) == (0, 4)
 
 
 # ── Never ahead of demand ──
@@ -137,7 +139,7 @@ async def test_a_load_goes_before_all_that_is_read_ahead(tmp_path: Path) -> None
         guessing, loading = h.session(), h.session()
         guessed, wanted = await on_disk(h, guessing, 6, 3)
         store.gate.clear()
-        assert h.cache.prefetch(guessing, guessed.keys) == (0, 6)
+        assert await h.cache.prefetch(guessing, guessed.keys) == (0, 6)
         await store.loading.acquire()
         load = asyncio.create_task(h.get(loading, wanted))
         await store.loading.acquire()
@@ -159,7 +161,7 @@ async def test_a_load_that_leaves_takes_its_priority_with_it(tmp_path: Path) -> 
         first = asyncio.create_task(h.get(loading, blockers))
         for _ in range(2):
             await store.loading.acquire()  # both lanes are taken
-        h.cache.prefetch(guessing, guessed.keys)
+        await h.cache.prefetch(guessing, guessed.keys)
         came, stop, _ = await h.get(loading, guessed, deadline_s=0.0)
         assert (came, stop) == (0, LoadStop.DEADLINE)
         second = asyncio.create_task(h.get(loading, wanted))
@@ -180,7 +182,7 @@ async def test_a_guess_evicts_nothing_that_is_worth_more(
         await h.write_behind.flush(10)
         policy = session.branch.tenant.policies[TierId.CPU]
         monkeypatch.setattr(policy, "admits", lambda coming, over: False)
-        assert h.cache.prefetch(session, prefix.keys) == (0, 0)
+        assert await h.cache.prefetch(session, prefix.keys) == (0, 0)
         came, _, _ = await h.get(session, prefix)
         assert came == 4, "a load has its room"
 
@@ -191,7 +193,7 @@ async def test_guesses_make_way_for_loads_and_offloads(tmp_path: Path) -> None:
         guessing, asking = h.session(), h.session()
         guessed, wanted = await on_disk(h, guessing, 4, 6)
         store.gate.clear()
-        assert h.cache.prefetch(guessing, guessed.keys) == (0, 4)
+        assert await h.cache.prefetch(guessing, guessed.keys) == (0, 4)
         await store.loading.acquire()  # one of them is being read, and stays
         load = asyncio.create_task(h.get(asking, wanted))
         await turn()
@@ -206,7 +208,7 @@ async def test_guesses_make_way_for_loads_and_offloads(tmp_path: Path) -> None:
         h.only_on_disk()
         store.gate.clear()
         store.loading = asyncio.Semaphore(0)
-        assert h.cache.prefetch(guessing, guessed.keys) == (0, 4)
+        assert await h.cache.prefetch(guessing, guessed.keys) == (0, 4)
         await store.loading.acquire()
         outcomes = h.put(asking, h.chain_of(asking, 7, seed=9))
         assert outcomes == [ReserveOutcome.WRITE] * 7
@@ -222,8 +224,8 @@ async def test_a_guess_takes_no_other_ones_room(tmp_path: Path) -> None:
         h.put(first, leased)
         await h.get(first, leased)
         store.gate.clear()
-        assert h.cache.prefetch(first, guessed.keys) == (0, 3)
-        assert h.cache.prefetch(second, late.keys) == (0, 0)
+        assert await h.cache.prefetch(first, guessed.keys) == (0, 3)
+        assert await h.cache.prefetch(second, late.keys) == (0, 0)
         assert h.placement.counters.prefetch_cancelled_chunks == 0
         await settle(h)
 
@@ -238,7 +240,7 @@ async def test_the_room_for_a_guess_is_not_its_own_parents(tmp_path: Path) -> No
         for seed in (5, 6, 7):
             h.put(session, h.chain_of(session, 1, seed))
         assert await h.write_behind.flush(10)
-        assert h.cache.prefetch(session, prefix.keys) == (1, 1)
+        assert await h.cache.prefetch(session, prefix.keys) == (1, 1)
         await settle(h)
         assert h.cache.lookup(session, prefix.keys) == (2, 2)
 
@@ -251,8 +253,8 @@ async def test_one_tenants_quota_gives_up_its_own_guesses_alone(tmp_path: Path) 
         (mine,) = await on_disk(h, ours, 4)
         (other,) = await on_disk(h, theirs, 2)
         store.gate.clear()
-        h.cache.prefetch(theirs, other.keys)
-        h.cache.prefetch(ours, mine.keys)
+        await h.cache.prefetch(theirs, other.keys)
+        await h.cache.prefetch(ours, mine.keys)
         assert h.put(ours, h.chain_of(ours, 2, seed=5)) == [ReserveOutcome.WRITE] * 2
         live = {promotion.source.node.branch for promotion in h.promotions._live.values()}
         assert live == {theirs.branch}
@@ -296,8 +298,8 @@ async def test_a_session_that_ends_takes_its_guesses_with_it(tmp_path: Path) -> 
         going, staying = h.session(), h.session()
         (prefix,) = await on_disk(h, going, 6)
         store.gate.clear()
-        h.cache.prefetch(going, prefix.keys)
-        h.cache.prefetch(staying, prefix.keys[:3])
+        await h.cache.prefetch(going, prefix.keys)
+        await h.cache.prefetch(staying, prefix.keys[:3])
         await store.loading.acquire()
         h.cache.end_session(going)
         assert len(h.promotions._live) == 3, "what the other one wants stays"
@@ -324,7 +326,7 @@ async def test_a_guess_that_a_load_waits_for_outlives_its_asker(tmp_path: Path) 
         going, loading = h.session(), h.session()
         (prefix,) = await on_disk(h, going, 4)
         store.gate.clear()
-        h.cache.prefetch(going, prefix.keys)
+        await h.cache.prefetch(going, prefix.keys)
         load = asyncio.create_task(h.get(loading, prefix))
         await turn()
         h.cache.end_session(going)
@@ -359,7 +361,7 @@ async def test_a_prefetch_can_be_cancelled(tmp_path: Path) -> None:
         session = h.session()
         (prefix,) = await on_disk(h, session, 5)
         store.gate.clear()
-        h.cache.prefetch(session, prefix.keys)
+        await h.cache.prefetch(session, prefix.keys)
         await store.loading.acquire()
         assert h.cache.cancel_prefetch(session, prefix.keys[3:]) == 2
         assert h.cache.cancel_prefetch(session, prefix.keys[3:]) == 0

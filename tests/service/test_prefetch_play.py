@@ -43,7 +43,7 @@ class Play:
         self.h.cache.lookup(self.sessions[who], prefix.keys)
 
     async def prefetch(self, who: int, prefix: Prefix) -> None:
-        there, coming = self.h.cache.prefetch(self.sessions[who], prefix.keys)
+        there, coming = await self.h.cache.prefetch(self.sessions[who], prefix.keys)
         assert there + coming <= len(prefix)
 
     async def cancel(self, who: int, prefix: Prefix) -> None:
@@ -129,7 +129,7 @@ def test_a_guess_never_begins_while_a_load_waits(
             *guessed, target = await on_disk(h, guessing, *guesses, wanted)
             store.gate.clear()
             for prefix in (*guessed, target[:named]):
-                h.cache.prefetch(guessing, prefix.keys)
+                await h.cache.prefetch(guessing, prefix.keys)
             await store.loading.acquire()
             await turn()
             assert store.loads == [guessed[0][0]], "one lane is kept for loads"

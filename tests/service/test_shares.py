@@ -1,5 +1,6 @@
 """Who has to give up room for whom."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -7,6 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvtier.service.answers import ReserveOutcome
+from kvtier.service.demotion import When, Writing
+from kvtier.service.pins import Terms
 from kvtier.service.shares import Shares
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.index import Index
@@ -74,6 +77,15 @@ async def test_a_quota_is_kept_and_costs_only_ones_own(tmp_path: Path) -> None:
         assert h.placement.counters.refused_quota == 2
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a tenant holds, how much of that is pinned, and when it asked for anything."""
+
+    used: int
+    pinned_percent: int
+    ago_s: float
+
+
 class ShareMachine(RuleBasedStateMachine):
     """Tenants come, hold and ask as they like."""
 
@@ -124,6 +136,80 @@ class ShareMachine(RuleBasedStateMachine):
 
 class TestShares(ShareMachine.TestCase):
     settings = settings(max_examples=50, stateful_step_count=30)
+
+
+tenants_of = st.lists(
+    st.builds(
+        Standing,
+        used=st.integers(0, 60),
+        pinned_percent=st.sampled_from([0, 0, 30, 100]),
+        ago_s=st.sampled_from([0.0, HOUR_S - 1, HOUR_S + 1]),
+    ),
+    min_size=1,
+    max_size=7,
+)
+changes = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30)), max_size=6)
+
+
+@given(standings=tenants_of, changes=changes)
+def test_one_claim_takes_from_whom_one_for_each_chunk_would(
+    standings: list[Standing], changes: list[tuple[int, int]]
+) -> None:
+    """While the first one grows and the others only lose, as in one turn of the loop."""
+    machine = ShareMachine()
+    pinned: dict[Tenant, int] = {}
+    for name, standing in enumerate(standings):
+        machine.hold(name, standing.used)
+        machine.ask(name, standing.ago_s)
+        tenant = machine.tenant(name)
+        rest = 90 - sum(pinned.values())
+        pinned[tenant] = min(rest, standing.used * standing.pinned_percent // 100)
+    machine.shares.pinned = lambda tenant, tier: pinned[tenant]
+    asker = machine.tenant(0)
+    losers = machine.shares.losers(CPU, asker)
+    for who, nbytes in [(0, 0), *changes]:
+        used = machine.tenant(who % len(standings)).used_bytes
+        used[CPU] = used[CPU] + nbytes if who % len(standings) == 0 else max(0, used[CPU] - nbytes)
+        assert list(losers) == by_the_rule(machine, asker, pinned)
+        for tenant in losers:  # one that stops half-way leaves the next as it should be
+            if tenant.used_bytes[CPU] % 2:
+                break
+
+
+def by_the_rule(machine: ShareMachine, asker: Tenant, pinned: dict[Tenant, int]) -> list[Tenant]:
+    """Who loses for one chunk, found anew and plainly: the share is the most that everyone present
+    can have beside what is pinned beyond it."""
+    everyone = machine.index.tenants
+    present = {t for t in everyone if t is asker or t.asked_s > machine.now_s - HOUR_S}
+
+    def bound(tenant: Tenant, share: int) -> int:
+        return max(pinned[tenant], share) if tenant in present else pinned[tenant]
+
+    share = max(
+        each
+        for each in range(machine.CAPACITY + 1)
+        if sum(bound(tenant, each) for tenant in everyone) <= machine.CAPACITY
+    )
+    excess = {tenant: tenant.used_bytes[CPU] - bound(tenant, share) for tenant in everyone}
+    over = sorted((t for t in everyone if excess[t] > 0), key=excess.__getitem__, reverse=True)
+    return [*over[: over.index(asker)], asker] if asker in over else [*over, asker]
+
+
+async def test_who_comes_late_finds_its_share_beside_what_is_pinned(tmp_path: Path) -> None:
+    """Half of RAM is pinned, and the others hold the rest, each less than an equal part of all."""
+    async with harness(tmp_path, slots=40, writing=Writing(When.SECOND_TOUCH)) as h:
+        pinning = [h.session(space(tenant=f"pinning {n}")) for n in range(3)]
+        for session, chunks in zip(pinning, (8, 8, 4), strict=True):
+            prefix = h.chain_of(session, chunks)
+            h.put(session, prefix)
+            assert h.cache.pin(session, prefix.keys, Terms(60)).chunks == chunks
+        others = [h.session(space(tenant=f"other {n}")) for n in range(10)]
+        for session in others:
+            h.put(session, h.chain_of(session, 2))
+        late = h.session(space(tenant="late"))
+        assert h.put(late, h.chain_of(late, 1)) == [WRITE]
+        assert [in_ram(h, f"pinning {n}") for n in range(3)] == [8, 8, 4]
+        assert sorted(in_ram(h, f"other {n}") for n in range(10)) == [1] + 9 * [2]
 
 
 @given(held=st.lists(st.integers(0, 100), min_size=2, max_size=6))

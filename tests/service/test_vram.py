@@ -173,7 +173,7 @@ async def test_a_chunk_removed_while_it_is_raised_does_not_come_back(tmp_path: P
         core.put(session, prefix)
         _, _, lease = await core.get(session, prefix)
         core.cache.release(session, lease.id)
-        assert core.cache.evict(session, prefix.keys, whole_space=False) >= 1
+        assert await core.cache.evict(session, prefix.keys, whole_space=False) >= 1
         await until(core.raisings_idle)
         assert core.cache.lookup(session, prefix.keys) == (0, 0)
         assert core.placement.index.chunks[TierId.GPU] == 0

@@ -239,7 +239,7 @@ class VramMachine(RuleBasedStateMachine):
         keys = self.prefix(session, family, length).keys
 
         async def ask() -> None:
-            self.play.core.cache.prefetch(session, keys)
+            await self.play.core.cache.prefetch(session, keys)
 
         self.run(ask())
 
@@ -247,13 +247,13 @@ class VramMachine(RuleBasedStateMachine):
     def remove(self, who: int, family: int, at: int) -> None:
         session, cache = self.sessions[who], self.play.core.cache
         keys = self.prefix(session, family, LENGTH).keys
-        cache.evict(session, keys[at : at + 1], whole_space=False)
+        self.run(cache.evict(session, keys[at : at + 1], whole_space=False))
         self.removed.update(keys[at:])
 
     @rule(who=sessions)
     def remove_all(self, who: int) -> None:
         session = self.sessions[who]
-        self.play.core.cache.evict(session, [], whole_space=True)
+        self.run(self.play.core.cache.evict(session, [], whole_space=True))
         for family in range(FAMILIES):
             self.removed.update(self.prefix(session, family, LENGTH))
 
