@@ -9,14 +9,14 @@ import heapq
 
 import numpy as np
 
-from kvtier.bench.trace.requests import Ints, Trace
+from kvtier.bench.trace.requests import Trace
 
 
 class Optimum:
     """Prepared once for a trace, asked for each capacity."""
 
     def __init__(self, trace: Trace) -> None:
-        following = _next_request(trace)
+        following = trace.following()
         is_first = np.zeros(trace.references, np.bool_)
         is_first[trace.starts[:-1]] = True
         is_first[1:] |= following[1:] != following[:-1]
@@ -50,14 +50,3 @@ class Optimum:
                 if not waiting[last]:
                     heapq.heappop(latest)
         return hits + sum(waiting[current:])
-
-
-def _next_request(trace: Trace) -> Ints:
-    """For each reference, the request that needs the same chunk next; `requests` for none."""
-    of_request = np.repeat(np.arange(trace.requests), trace.lengths)
-    order = np.argsort(trace.chunks, kind="stable")
-    chunk, request = trace.chunks[order], of_request[order]
-    following = np.full(trace.references, trace.requests, np.int64)
-    same = chunk[1:] == chunk[:-1]
-    following[order[:-1][same]] = request[1:][same]
-    return following

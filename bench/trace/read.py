@@ -1,7 +1,8 @@
 """Traces from files, which are not believed before they are checked.
 
 `.npz`     arrays `t` float64[R], `off` int[R + 1], `blk` int, `parent` int[N], `partial` uint8[N]:
-           request r came at t[r] seconds and needs the chunks blk[off[r]:off[r + 1]]
+           request r came at t[r] seconds and needs the chunks blk[off[r]:off[r + 1]]; where there
+           is `hint` int8[R], it says why r's turn ended: 1 in a tool call, 2 of itself, 0 unknown
 `.jsonl`   Mooncake's: a line for each request, {"timestamp": ms, "input_length": tokens,
            "output_length": tokens, "hash_ids": [...]}, in chunks of 512 tokens
 """
@@ -23,6 +24,7 @@ _MOST_LINE_BYTES = 16 << 20
 _MOST_MS = 1e15
 _MOONCAKE_TOKENS = 512
 _ARRAYS = {"t": "f", "off": "iu", "blk": "iu", "parent": "iu", "partial": "biu"}
+_STOPS = "hint"
 
 
 def read_trace(path: Path) -> Trace:
@@ -54,7 +56,10 @@ def _read_npz(path: Path) -> Trace:
     _check_starts(path, starts, len(chunks))
     _check_times(path, times_s)
     _check_chunks(path, starts, chunks, len(parent))
-    trace = Trace(path.stem, times_s, starts, chunks, partly != 0)
+    stops = arrays.get(_STOPS)
+    if stops is not None:
+        _check_stops(path, stops, len(times_s))
+    trace = Trace(path.stem, times_s, starts, chunks, partly != 0, stops)
     wrong = trace.misplaced(parent)
     if wrong is not None:
         raise InvalidRequest(f"{path}: request {wrong}: blk: a chunk is not below its parent")
@@ -64,7 +69,10 @@ def _read_npz(path: Path) -> Trace:
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name: _array(archive, name, kinds) for name, kinds in _ARRAYS.items()}
+            arrays = {name: _array(archive, name, kinds) for name, kinds in _ARRAYS.items()}
+            if f"{_STOPS}.npy" in archive.namelist():
+                arrays[_STOPS] = _array(archive, _STOPS, "iu")
+            return arrays
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
         raise InvalidRequest(f"{path}: not an npz file of arrays: {error}") from None
     except KeyError as error:
@@ -116,6 +124,16 @@ def _check_chunks(path: Path, starts: Ints, chunks: Ints, unique: int) -> None:
         request = int(np.searchsorted(starts, wrong[0], side="right")) - 1
         raise InvalidRequest(
             f"{path}: request {request}: blk: {chunks[wrong[0]]} is not a chunk; there are {unique}"
+        )
+
+
+def _check_stops(path: Path, stops: Ints, requests: int) -> None:
+    if len(stops) != requests:
+        raise InvalidRequest(f"{path}: {_STOPS}: {len(stops)} numbers for {requests} requests")
+    wrong = np.flatnonzero((stops < 0) | (stops > 2))
+    if len(wrong):
+        raise InvalidRequest(
+            f"{path}: request {wrong[0]}: {_STOPS}: {stops[wrong[0]]} is not 0, 1 or 2"
         )
 
 

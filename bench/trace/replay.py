@@ -21,11 +21,12 @@ from kvtier.chunks import ChunkKey
 from kvtier.spaces import Layout, Space
 from kvtier.tiers.base import Coming
 from kvtier.tiers.index import Index
-from kvtier.tiers.policies.registry import Family, make_family
-from kvtier.tiers.tree import Branch, Node, Replica, TierId
+from kvtier.tiers.policies.registry import make_family
+from kvtier.tiers.tree import Branch, Node, TierId
 
 _SPACE = Space("kvtier-trace", Layout(dtype="int8", layers=1, heads=1, head_dim=1))
 _KEY_BYTES = 32
+_TIER = TierId.CPU
 
 Progress = Callable[[int], None]
 """Told how many requests are done."""
@@ -51,96 +52,97 @@ class Keys:
         return [ChunkKey(random[_KEY_BYTES * n : _KEY_BYTES * (n + 1)]) for n in chunks]
 
 
-class Held:
-    """One tier of an index: `capacity` chunks under a policy."""
+class _Ram:
+    """The tier of an index: room for `capacity` chunks under a policy."""
 
-    def __init__(self, index: Index, branch: Branch, tier: TierId, capacity: int) -> None:
+    def __init__(self, index: Index, branch: Branch, capacity: int) -> None:
         self._index = index
         self._branch = branch
-        self.tier = tier
         self._capacity = capacity
         self._begun = 0
-        self.policy = branch.tenant.policies[tier]
-        self.evicted: Callable[[Replica], None] = lambda victim: None
+        self._policy = branch.tenant.policies[_TIER]
 
-    def coming(self, parent: Node | None, keys: Sequence[ChunkKey], now_s: float) -> list[Coming]:
-        return self._index.arrival(self._branch, self.tier, parent, keys, now_s)
+    def store(self, run: list[Node], rest: list[ChunkKey], now_s: float, label: int) -> None:
+        """Store what follows a held run, as far as there is room that it is worth."""
+        if not rest:
+            return
+        index, branch = self._index, self._branch
+        parent = run[-1] if run else None
+        above = parent.ready(_TIER) if parent is not None else None
+        if above is not None:
+            index.pin(above)  # the room must not be its own parent's
+        begun = []
+        parent_key = parent.key if parent is not None else branch.digest
+        comings = index.arrival(branch, _TIER, parent, rest, now_s, label)
+        for key, coming in zip(rest, comings, strict=True):
+            if not self._make_room(coming, now_s):
+                break
+            node = index.enter(branch, key, parent_key, now_s)
+            begun.append(index.begin(node, _TIER, None, coming))
+            parent_key = key
+        for replica in begun:
+            index.commit(replica)
+        if above is not None:
+            index.unpin(above)
 
-    def make_room(self, coming: Coming, now_s: float) -> bool:
+    def _make_room(self, coming: Coming, now_s: float) -> bool:
         """Whether there is room for a chunk, or a victim to give it up. It is then taken."""
         if self._begun < self._capacity:
             self._begun += 1
             return True
-        victim = next(self._index.victims(self._branch.tenant, self.tier, now_s), None)
-        if victim is None or not self.policy.admits(coming, victim):
+        victim = next(self._index.victims(self._branch.tenant, _TIER, now_s), None)
+        if victim is None or not self._policy.admits(coming, victim):
             return False
-        self.evicted(victim)
         self._index.drop(victim)
         return True
 
 
-def make_index(families: dict[TierId, Family], tiers: Sequence[TierId]) -> tuple[Index, Branch]:
-    index = Index(lambda tier: families[tier].policy(), lambda replica: None, tiers)
-    return index, index.branch(_SPACE)
-
-
-def stores_whole_chunks(policy: str) -> bool:
+def learns(policy: str) -> bool:
+    """Whether a policy learns when chunks come again, and stores whole ones only."""
     return policy.startswith("gix")
 
 
 def wanted(trace: Trace, request: int, policy: str) -> list[int]:
     """The chunks of a request that are looked up and stored."""
     chunks = trace.needs(request)
-    if stores_whole_chunks(policy) and trace.partly[chunks[-1]]:
+    if learns(policy) and trace.partly[chunks[-1]]:
         chunks.pop()
     return chunks
 
 
-def replay(trace: Trace, policy: str, capacity: int, progress: Progress) -> Replayed:
-    """Replay a trace with room for so many chunks in RAM."""
+def replay(
+    trace: Trace,
+    policy: str,
+    capacity: int,
+    progress: Progress,
+    labels: Sequence[int] | None = None,
+) -> Replayed:
+    """Replay a trace with room for so many chunks in RAM. `labels`: what the engine says of each
+    request's chunks, 0 for nothing; as in the service it is told of those that are held once they
+    are asked for, and of the others as they come."""
     keys = Keys(trace.unique)
-    families = {tier: make_family(policy) for tier in TierId}
-    index, branch = make_index(families, [TierId.CPU])
-    learner = families[TierId.CPU].learner
-    held = Held(index, branch, TierId.CPU, capacity)
+    family = make_family(policy)
+    index = Index(lambda tier: family.policy(), lambda replica: None, [_TIER])
+    branch = index.branch(_SPACE)
+    ram = _Ram(index, branch, capacity)
     hits = np.zeros(trace.requests, np.int64)
     busy_s = 0.0
     for request, now_s in enumerate(trace.times_s.tolist()):
         needs = keys.of(wanted(trace, request, policy))
+        label = labels[request] if labels is not None else 0
         start_s = time.perf_counter()
         run = index.match(branch, needs)
         index.ask(branch, run, needs[len(run) :], now_s)
-        _store(index, branch, held, run, needs[len(run) :], now_s)
+        if label:
+            index.hint(run, label, now_s)
+        ram.store(run, needs[len(run) :], now_s, label)
         busy_s += time.perf_counter() - start_s
         hits[request] = len(run)
-        if learner.due:
-            learner.learn()
+        if family.learner.due:
+            family.learner.learn()
         progress(request + 1)
-    chunks = max(index.chunks[TierId.CPU], 1)
-    return Replayed(hits, 1e6 * busy_s / trace.requests, bytes_of(index, but=learner) / chunks)
-
-
-def _store(
-    index: Index, branch: Branch, held: Held, run: list[Node], rest: list[ChunkKey], now_s: float
-) -> None:
-    if not rest:
-        return
-    parent = run[-1] if run else None
-    above = parent.ready(held.tier) if parent is not None else None
-    if above is not None:
-        index.pin(above)  # the room must not be its own parent's
-    begun = []
-    parent_key = parent.key if parent is not None else branch.digest
-    for key, coming in zip(rest, held.coming(parent, rest, now_s), strict=True):
-        if not held.make_room(coming, now_s):
-            break
-        node = index.enter(branch, key, parent_key, now_s)
-        begun.append(index.begin(node, held.tier, None, coming))
-        parent_key = key
-    for replica in begun:
-        index.commit(replica)
-    if above is not None:
-        index.unpin(above)
+    weight = bytes_of(index, but=family.learner) / max(index.chunks[_TIER], 1)
+    return Replayed(hits, 1e6 * busy_s / trace.requests, weight)
 
 
 def bytes_of(root: object, but: object) -> int:

@@ -15,7 +15,8 @@ class Trace:
 
     Request r came at `times_s[r]` and needs the chunks `chunks[starts[r]:starts[r + 1]]`, in prompt
     order. A chunk is a number below `unique`, the same for the same tokens after the same chunks.
-    `partly` [unique] says which are the unfilled ends of prompts.
+    `partly` [unique] says which are the unfilled ends of prompts. `stops` [requests], where the
+    trace has it, says why each turn ended: 1 in a tool call, 2 of itself, 0 unknown.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Trace:
     starts: Ints
     chunks: Ints
     partly: npt.NDArray[np.bool_]
+    stops: Ints | None = None
 
     @property
     def requests(self) -> int:
@@ -45,6 +47,16 @@ class Trace:
         """The chunks of a request."""
         found: list[int] = self.chunks[self.starts[request] : self.starts[request + 1]].tolist()
         return found
+
+    def following(self) -> Ints:
+        """For each reference, the request that needs the same chunk next; `requests` for none."""
+        of_request = np.repeat(np.arange(self.requests), self.lengths)
+        order = np.argsort(self.chunks, kind="stable")
+        chunk, request = self.chunks[order], of_request[order]
+        following = np.full(self.references, self.requests, np.int64)
+        same = chunk[1:] == chunk[:-1]
+        following[order[:-1][same]] = request[1:][same]
+        return following
 
     def misplaced(self, parent: Ints) -> int | None:
         """The first request whose chunks do not follow their parents: `parent` [unique], -1 for the

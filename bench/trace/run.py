@@ -6,21 +6,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kvtier.bench.report import Progress, Report
+from kvtier.bench.trace.curve import Predicted, predict
 from kvtier.bench.trace.figures import Bounds, Result, percent_of, result
+from kvtier.bench.trace.hints import NONE, labels_of, parse_hints
 from kvtier.bench.trace.optimum import Optimum
 from kvtier.bench.trace.plot import plot
 from kvtier.bench.trace.read import read_trace
-from kvtier.bench.trace.replay import replay
+from kvtier.bench.trace.replay import learns, replay
 from kvtier.bench.trace.requests import Trace
-from kvtier.bench.trace.two_tiers import Mode, TierResult, TwoTiers
+from kvtier.bench.trace.tables import curve_table, heading, table, tier_table
+from kvtier.bench.trace.two_tiers import TierResult, TwoTiers, two_tiers
 from kvtier.errors import InvalidRequest
+from kvtier.sections import Disk
+from kvtier.service.demotion import When, Writing
 from kvtier.tiers.policies.registry import FAMILIES
 
 _CAPACITIES = ("1%", "2%", "5%", "10%", "20%")
-_LEAST_REUSE = 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "write_through, second_touch or reuse (as reuse>=0.3)",
     )
     parser.add_argument(
+        "--hints",
+        default=NONE,
+        metavar="KIND",
+        help="what engines tell with each request, made of the trace's future: return, next_use, "
+        "next_use~FACTOR, stop_reason or lie (default: none)",
+    )
+    parser.add_argument(
+        "--curve",
+        action="store_true",
+        help="what the live curve of a service of each capacity says of larger ones, and what "
+        "replays say",
+    )
+    parser.add_argument(
         "--chunk-tokens", type=int, default=512, metavar="COUNT", help="to weigh prefill FLOPs"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="hit ratio by capacity, as PNG")
@@ -48,35 +64,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Replay, and write the report to stdout. Raises InvalidRequest for a trace that is none, and
     for options that make no sense."""
-    if options.tiers is not None and options.plot is not None:
-        raise InvalidRequest("--plot: it draws one tier; leave --tiers out")
-    if not 1 <= options.chunk_tokens <= 1 << 16:
-        raise InvalidRequest(f"--chunk-tokens: {options.chunk_tokens} is not from 1 to 65536")
-    mode = None if options.tiers is None else parse_mode(options.tiers)
+    _check(options)
+    telling = parse_hints(options.hints)
+    writing = None if options.tiers is None else parse_mode(options.tiers)
     trace = read_trace(options.trace)
     capacities = [parse_capacity(text, trace.unique) for text in options.capacity]
-    if mode is None:
-        results = _one_tier(trace, options.policy, capacities, options.chunk_tokens)
-        lines = _table(results)
+    labels = labels_of(trace, telling)
+    results: Sequence[Result] | Sequence[TierResult] | Sequence[Predicted]
+    if options.curve:
+        results = _curves(trace, options.policy, capacities)
+        lines = curve_table(results)
+    elif writing is not None:
+        results = _two_tiers(trace, options.policy, capacities, writing, labels)
+        lines = tier_table(results)
+    else:
+        results = _one_tier(trace, options.policy, capacities, labels, options.chunk_tokens)
+        lines = table(results)
         if options.plot is not None:
             plot(trace.name, results, options.plot)
-        rows = [asdict(row) for row in results]
-    else:
-        tiered = _two_tiers(trace, options.policy, capacities, mode)
-        lines = _tier_table(tiered)
-        rows = [asdict(row) for row in tiered]
     setup = {
         "trace": trace.name,
         "requests": trace.requests,
         "references": trace.references,
         "unique": trace.unique,
         "chunk_tokens": options.chunk_tokens,
+        "hints": options.hints,
     }
     if options.json:
-        sys.stdout.write(Report("trace", {"results": rows}, setup).as_json())
+        sys.stdout.write(
+            Report("trace", {"results": [asdict(row) for row in results]}, setup).as_json()
+        )
     else:
-        sys.stdout.write("\n".join([_heading(setup), *lines]) + "\n")
+        sys.stdout.write("\n".join([heading(setup), *lines]) + "\n")
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What options must be, and what goes together."""
+    if options.curve and options.tiers is not None:
+        raise InvalidRequest("--curve: it is of one tier; leave --tiers out")
+    if options.curve and options.hints != NONE:
+        raise InvalidRequest("--curve: hints are not replayed for it; leave --hints out")
+    if options.plot is not None and (options.curve or options.tiers is not None):
+        raise InvalidRequest("--plot: it draws one tier; leave --tiers and --curve out")
+    if options.hints != NONE and not learns(options.policy):
+        raise InvalidRequest(
+            f"--hints: {options.policy} learns nothing of them; take --policy gix or gix-lite"
+        )
+    if not 1 <= options.chunk_tokens <= 1 << 16:
+        raise InvalidRequest(f"--chunk-tokens: {options.chunk_tokens} is not from 1 to 65536")
 
 
 def parse_capacity(text: str, unique: int) -> int:
@@ -91,23 +127,27 @@ def parse_capacity(text: str, unique: int) -> int:
     return chunks
 
 
-def parse_mode(text: str) -> tuple[Mode, float]:
-    """A mode, and the chance that it asks for."""
+def parse_mode(text: str) -> Writing:
+    """When chunks are written, and the chance that `reuse` asks for."""
     name, _, chance = text.partition(">=")
-    names = [mode.value for mode in Mode]
-    if name not in names or (chance and name != Mode.REUSE.value):
+    names = [when.value for when in When]
+    if name not in names or (chance and name != When.REUSE.value):
         raise InvalidRequest(f"--tiers: {text[:80]!r} is not one of {', '.join(names)}")
     try:
-        least_reuse = float(chance) if chance else _LEAST_REUSE
+        least_reuse = float(chance) if chance else Disk().write_reuse_percent / 100
     except ValueError:
         least_reuse = -1.0
     if not 0 <= least_reuse <= 1:
         raise InvalidRequest(f"--tiers: {chance[:80]!r} is not a chance from 0 to 1")
-    return Mode(name), least_reuse
+    return Writing(When(name), least_reuse)
 
 
 def _one_tier(
-    trace: Trace, policy: str, capacities: Sequence[int], chunk_tokens: int
+    trace: Trace,
+    policy: str,
+    capacities: Sequence[int],
+    labels: Sequence[int],
+    chunk_tokens: int,
 ) -> list[Result]:
     optimum = Optimum(trace)
     results = []
@@ -116,7 +156,7 @@ def _one_tier(
         replayed = lru
         if policy != "lru":
             what = f"{policy}, {capacity} chunks"
-            replayed = replay(trace, policy, capacity, _progress(what, trace))
+            replayed = replay(trace, policy, capacity, _progress(what, trace), labels)
         most = 100 * optimum.hits(capacity) / trace.references
         bounds = Bounds(lru=percent_of(trace, lru.hits), optimum=most)
         results.append(result(trace, policy, capacity, replayed, bounds, chunk_tokens))
@@ -124,56 +164,28 @@ def _one_tier(
 
 
 def _two_tiers(
-    trace: Trace, policy: str, capacities: Sequence[int], mode: tuple[Mode, float]
+    trace: Trace,
+    policy: str,
+    capacities: Sequence[int],
+    writing: Writing,
+    labels: Sequence[int],
 ) -> list[TierResult]:
-    when, least_reuse = mode
     return [
-        TwoTiers(trace, policy, capacity, when, least_reuse).run(
-            _progress(f"{policy}, {when.value}, {capacity} chunks", trace)
+        TwoTiers(trace, policy, two_tiers(capacity), writing, labels).run(
+            _progress(f"{policy}, {writing.when.value}, {capacity} chunks", trace)
         )
         for capacity in capacities
+    ]
+
+
+def _curves(trace: Trace, policy: str, capacities: Sequence[int]) -> list[Predicted]:
+    return [
+        point
+        for capacity in capacities
+        for point in predict(trace, policy, capacity, lambda what: _progress(what, trace))
     ]
 
 
 def _progress(what: str, trace: Trace) -> Callable[[int], None]:
     shown = Progress()
     return lambda done: shown(what, done, trace.requests)
-
-
-# ── for people ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _heading(setup: dict[str, Any]) -> str:
-    return (
-        f"{setup['trace']}: {setup['requests']} requests for {setup['references']} chunks, "
-        f"{setup['unique']} of them different"
-    )
-
-
-def _table(results: Sequence[Result]) -> list[str]:
-    lines = [
-        f"{'policy':9}{'chunks':>9}{'part':>8}{'hit %':>8}{'LRU':>7}{'MIN':>7}{'gap closed':>12}"
-        f"{'FLOPs saved':>13}{'us/request':>12}{'index B/chunk':>15}"
-    ]
-    for row in results:
-        gap = "-" if row.gap_closed_percent is None else f"{row.gap_closed_percent:.1f} %"
-        lines.append(
-            f"{row.policy:9}{row.capacity_chunks:9}{row.capacity_percent:6.1f} %"
-            f"{row.hit_percent:8.2f}{row.lru_percent:7.2f}{row.min_percent:7.2f}{gap:>12}"
-            f"{row.flops_saved_percent:11.1f} %{row.us_per_request:12.0f}"
-            f"{row.index_bytes_per_chunk:15.0f}"
-        )
-    return lines
-
-
-def _tier_table(results: Sequence[TierResult]) -> list[str]:
-    lines = [
-        f"{'policy':9}{'mode':>14}{'RAM':>9}{'disk':>9}{'RAM hit %':>11}{'disk hit %':>12}"
-        f"{'written %':>11}"
-    ]
-    lines += [
-        f"{row.policy:9}{row.mode:>14}{row.ram_chunks:9}{row.disk_chunks:9}"
-        f"{row.ram_hit_percent:11.2f}{row.disk_hit_percent:12.2f}{row.written_percent:11.2f}"
-        for row in results
-    ]
-    return lines

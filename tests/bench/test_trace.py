@@ -15,9 +15,9 @@ from kvtier.bench.trace.optimum import Optimum
 from kvtier.bench.trace.replay import bytes_of, replay
 from kvtier.bench.trace.requests import Trace
 from kvtier.bench.trace.run import parse_capacity, parse_mode
-from kvtier.bench.trace.two_tiers import Mode, TwoTiers
 from kvtier.cli import main
 from kvtier.errors import InvalidRequest
+from kvtier.service.demotion import When, Writing
 from kvtier.tiers.policies.registry import FAMILIES
 from tests.bench.traces import PROMPTS, TRACES, Prompt, trace_of
 
@@ -155,40 +155,12 @@ def test_other_capacities_are_refused(text: str) -> None:
 
 
 def test_modes() -> None:
-    assert parse_mode("demote") == (Mode.DEMOTE, 0.3)
-    assert parse_mode("reuse>=0.75") == (Mode.REUSE, 0.75)
+    assert parse_mode("demote").when is When.DEMOTE
+    assert parse_mode("reuse") == Writing(When.REUSE, 0.2), "as the service has it"
+    assert parse_mode("reuse>=0.75") == Writing(When.REUSE, 0.75)
     for text in ("", "demote>=0.5", "reuse>=2", "reuse>=x", "reuse>=nan", "often"):
         with pytest.raises(InvalidRequest, match="--tiers"):
             parse_mode(text)
-
-
-# ── two tiers ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("policy", ["lru", "gix"])
-@given(prompts=TRACES, ram=st.integers(1, 3), mode=st.sampled_from(Mode))
-@settings(max_examples=40)
-def test_two_tiers_serve_what_they_can_hold(
-    policy: str, prompts: list[Prompt], ram: int, mode: Mode
-) -> None:
-    trace = trace_of(prompts)
-    tiers = TwoTiers(trace, policy, ram, mode, 0.0)
-    row = tiers.run(ignore)
-    tiers._index.check()
-    assert max(tiers._index.chunks[1] - ram, tiers._index.chunks[2] - 10 * ram) <= 0
-    most = 100 * Optimum(trace).hits(11 * ram) / trace.references
-    assert row.ram_hit_percent + row.disk_hit_percent <= most + 1e-9
-    assert row.disk_hit_percent <= 100 * row.written_percent
-
-
-def test_what_ram_gives_up_is_served_from_disk() -> None:
-    trace = trace_of([(1,), (2,), (1,)])
-    row = TwoTiers(trace, "lru", 1, Mode.DEMOTE, 0.0).run(ignore)
-    assert (row.ram_hit_percent, row.disk_hit_percent) == (0, pytest.approx(100 / 3))
-    through = TwoTiers(trace, "lru", 1, Mode.WRITE_THROUGH, 0.0).run(ignore)
-    assert through.disk_hit_percent == row.disk_hit_percent
-    second = TwoTiers(trace, "lru", 1, Mode.SECOND_TOUCH, 0.0).run(ignore)
-    assert (second.disk_hit_percent, second.written_percent) == (0, pytest.approx(100 / 3))
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────
@@ -242,6 +214,10 @@ def test_two_tiers_have_a_report_of_their_own(
     [row] = json.loads(capsys.readouterr().out)["results"]
     assert row["disk_chunks"] == 10
     assert row["disk_hit_percent"] > 0
+    assert {
+        "policy", "mode", "ram_chunks", "ram_hit_percent", "written_percent", "written_by_cause",
+        "refused_by_cause",
+    } <= row.keys()  # fmt: skip
     assert main(words) == 0
     assert "demote" in capsys.readouterr().out
 
