@@ -36,6 +36,8 @@ from kvtier.tiers.tree import Branch, Node, Replica, TierId
 _IN_MEMORY = (TierId.GPU, TierId.CPU)
 # Chunks of one Lookup that are begun.
 _MOST_AHEAD = 256
+# Chunks published in one turn of the loop, each in some 6 microseconds.
+MOST_COMMITTED = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,9 +280,28 @@ class Cache:
     def commit(
         self, session: Session, lease_id: int, indexes: Sequence[int]
     ) -> list[CommitOutcome]:
-        """Publish the named chunks of a write lease, in order; the rest of it is discarded."""
+        """Publish the named chunks of a write lease, in order, and discard the rest of it, in one
+        go; see `commit_in_pieces`."""
+        return list(chain.from_iterable(self.commit_in_pieces(session, lease_id, indexes)))
+
+    def commit_in_pieces(
+        self, session: Session, lease_id: int, indexes: Sequence[int]
+    ) -> Iterator[list[CommitOutcome]]:
+        """Publish the named chunks of a write lease, in order; the rest of it is discarded. Between
+        two pieces of the answers others may have their turn: what is left of a lease that one of
+        them ends is not reserved any more."""
         lease = self.write_lease(session, lease_id)
-        if lease is None:
+        try:
+            for first in range(0, len(indexes), MOST_COMMITTED):
+                yield self._commit(session, lease, indexes[first : first + MOST_COMMITTED])
+        finally:
+            if lease is not None and not lease.ended:
+                self._discard(session, lease)
+
+    def _commit(
+        self, session: Session, lease: Lease | None, indexes: Sequence[int]
+    ) -> list[CommitOutcome]:
+        if lease is None or lease.ended:
             return [CommitOutcome.NOT_RESERVED] * len(indexes)
         outcomes, stored = [], []
         for index in indexes:
@@ -297,7 +318,6 @@ class Cache:
                 outcomes.append(CommitOutcome.PARENT_MISSING)
         self._counters.committed_chunks += len(stored)
         self.overlaps.publish(stored)
-        self._discard(session, lease)
         self.placement.committed(stored)
         self._landing.committed(stored)
         return outcomes
@@ -309,8 +329,10 @@ class Cache:
             self._discard(session, lease)
 
     def _discard(self, session: Session, lease: Lease) -> None:
-        """End a write lease with what was not committed of it."""
-        self._counters.aborted_chunks += session.leases.end(lease)
+        """End a write lease with what was not committed of it; where that is much, it is given back
+        in a moment."""
+        session.leases.end_soon(lease)
+        self.sessions.give_back(session.leases)
 
     def _not_committed(self, replica: Replica) -> None:
         self.placement.refused(replica.node.branch, replica.key, Why.NOT_COMMITTED)

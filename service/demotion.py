@@ -96,8 +96,7 @@ class Demotion:
             return replica.node in self._queue
         if replica.node.in_disk is not None or not self._wants(replica):
             return False
-        if self._writing.when is not When.WRITE_THROUGH:
-            self._write_path(replica.node, Cause.DEMOTION)
+        self._write_path(replica.node, Cause.DEMOTION)  # once more, where it could not be written
         return True
 
     def passes(self, branch: Branch, key: ChunkKey, coming: Coming) -> bool:

@@ -5,7 +5,9 @@ till then they take at most a part of RAM, so that what its policy does keep sta
 them like all others.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 from kvtier.chunks import ChunkKey
 from kvtier.service.placement import Placement
@@ -14,6 +16,8 @@ from kvtier.tiers.tree import Branch, Node, Replica, State, TierId
 
 # One part in so many of RAM.
 _SHARE = 8
+# Of what landed, looked at for one chunk that wants to.
+_LOOK = 16
 
 
 class Landing:
@@ -22,7 +26,7 @@ class Landing:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self._most_bytes = placement.memory.arena.nbytes // _SHARE
-        self._there: dict[Replica, None] = {}
+        self._there: OrderedDict[Replica, None] = OrderedDict()
         self._bytes = 0
 
     def takes(self, branch: Branch, key: ChunkKey, in_ram: Coming, on_disk: Coming) -> bool:
@@ -48,11 +52,22 @@ class Landing:
                 self._forget(replica)
 
     def _forget_arrived(self) -> None:
-        """Also those that went before they were written."""
-        for replica in list(self._there):
-            on_disk = replica.node.ready(TierId.DISK) is not None
-            if on_disk or replica.state is State.DETACHED:
+        """Of some, those that were not looked at for longest."""
+        for replica in list(islice(self._there, _LOOK)):
+            if self._has_arrived(replica):
                 self._forget(replica)
+            else:
+                self._there.move_to_end(replica)
+
+    def _has_arrived(self, replica: Replica) -> bool:
+        """Whether it is on disk, or gone, or will not be written after all; what could not be
+        written may be tried again."""
+        if replica.state is not State.READY:
+            return replica.state is State.DETACHED
+        on_disk = replica.node.in_disk
+        if on_disk is not None:
+            return on_disk.state is State.READY
+        return not self.placement.is_unsaved(replica)
 
     def _forget(self, replica: Replica) -> None:
         del self._there[replica]

@@ -93,12 +93,16 @@ class Leases:
         lease.ended = True
         return self._give_back(lease, len(lease.replicas))
 
+    def end_soon(self, lease: Lease) -> None:
+        """End a lease; what it had is for `give_back`."""
+        del self._leases[lease.id]
+        lease.ended = True
+        self._ended.append(lease)
+
     def end_all(self) -> None:
         """End every lease; what they had is for `give_back`."""
-        for lease in self._leases.values():
-            lease.ended = True
-        self._ended += self._leases.values()
-        self._leases.clear()
+        for lease in list(self._leases.values()):
+            self.end_soon(lease)
 
     @property
     def given_back(self) -> bool:
@@ -106,8 +110,7 @@ class Leases:
         return not self._ended
 
     def give_back(self, most: int) -> int:
-        """Give back so many chunks of the leases that ended together; returns how many of them were
-        discarded."""
+        """Give back so many chunks of leases that ended; returns how many were discarded."""
         discarded = 0
         while self._ended and most > 0:
             lease = self._ended[-1]

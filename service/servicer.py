@@ -13,7 +13,7 @@ from kvtier.errors import InvalidRequest
 from kvtier.proto import cache_pb2 as pb
 from kvtier.proto.cache_pb2_grpc import CacheServicer
 from kvtier.service.answers import CommitOutcome, LoadStop
-from kvtier.service.cache import Cache
+from kvtier.service.cache import MOST_COMMITTED, Cache
 from kvtier.service.convert import (
     client_of,
     deadline_of,
@@ -210,7 +210,8 @@ class Servicer(CacheServicer):
         limit = self._cache.rules.limits.keys_per_request
         if len(request.indexes) > limit:
             raise InvalidRequest(f"indexes: {len(request.indexes)} given, at most {limit}")
-        outcomes = self._cache.commit(session, request.lease_id, request.indexes)
+        pieces = self._cache.commit_in_pieces(session, request.lease_id, request.indexes)
+        outcomes = await in_turns(pieces, MOST_COMMITTED)
         return pb.CommitResponse(chunks=_committed(request.indexes, outcomes))
 
     async def Put(
@@ -219,17 +220,17 @@ class Servicer(CacheServicer):
         first = await anext(aiter(request_iterator), None)
         if not isinstance(first, pb.PutRequest) or not first.HasField("header"):
             raise InvalidRequest("header: the first message of a Put must carry it")
-        session = self._session(first.header.session_id)
-        lease_id = first.header.lease_id
+        session, lease_id = self._session(first.header.session_id), first.header.lease_id
         lease = self._cache.write_lease(session, lease_id)
         if lease is not None and lease.filling:
             raise InvalidRequest(f"lease_id: another Put fills lease {lease_id}")
         try:
             whole, corrupt = await self._receive(lease, request_iterator)
+            pieces = self._cache.commit_in_pieces(session, lease_id, whole)
+            outcomes = await in_turns(pieces, MOST_COMMITTED)
         except BaseException:  # also a client that went away: its chunks are not to be published
             self._cache.abort(session, lease_id)
             raise
-        outcomes = self._cache.commit(session, lease_id, whole)
         broken = [CommitOutcome.CORRUPT] * len(corrupt)
         return pb.PutResponse(chunks=_committed(whole, outcomes) + _committed(corrupt, broken))
 

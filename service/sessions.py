@@ -35,8 +35,8 @@ class Session:
 
 
 class Sessions:
-    """All sessions of the service. `on_discard` is told how many chunks an ended session
-    discarded."""
+    """All sessions of the service. `on_discard` is told how many chunks were discarded with
+    leases."""
 
     def __init__(
         self, index: Index, limit: int, arena_path: Path, on_discard: Callable[[int], None]
@@ -154,15 +154,18 @@ class Sessions:
                     session.closing.set()
 
     def _bury(self, session: Session) -> None:
-        """Give back what an ended session leased: some now, the rest while others have turns."""
         session.leases.end_all()
-        self._give_back(session.leases)
-        if not session.leases.given_back:
-            task = asyncio.create_task(self._give_back_rest(session.leases), name="kvtier-leases")
-            self._giving_back.add(task)
-            task.add_done_callback(self._giving_back.discard)
+        self.give_back(session.leases)
         if session.tether is not None:
             session.tether.close()
+
+    def give_back(self, leases: Leases) -> None:
+        """Give back what ended leases had: some now, the rest while others have turns."""
+        self._give_back(leases)
+        if not leases.given_back:
+            task = asyncio.create_task(self._give_back_rest(leases), name="kvtier-leases")
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
 
     def _give_back(self, leases: Leases) -> None:
         self._on_discard(leases.give_back(_MOST_AT_ONCE))

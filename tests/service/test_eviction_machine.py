@@ -16,11 +16,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier.chunks import ChunkKey, Prefix
-from kvtier.service import loading, read_ahead, removals, write_behind
+from kvtier.errors import InvalidRequest
+from kvtier.service import (
+    cache,
+    loading,
+    read_ahead,
+    removals,
+    reserving,
+    sessions,
+    write_behind,
+)
 from kvtier.service.answers import CommitOutcome, LoadStop
 from kvtier.service.demotion import When, Writing
 from kvtier.service.hints import Hints, Label
 from kvtier.service.leases import Lease
+from kvtier.service.pace import in_turns
 from kvtier.service.pins import Terms
 from kvtier.service.sessions import Session
 from kvtier.spaces import Layout, Space
@@ -42,6 +52,9 @@ PIECES = [
     (loading, "_MOST_AT_ONCE"),
     (read_ahead, "_MOST_AT_ONCE"),
     (removals, "_STEPS"),
+    (reserving, "MOST_AT_ONCE"),
+    (cache, "MOST_COMMITTED"),
+    (sessions, "_MOST_AT_ONCE"),
     (write_behind, "_STEPS"),
 ]
 who, length = st.integers(0, len(SPACES) - 1), st.sampled_from([*range(1, LENGTH + 1), LENGTH])
@@ -89,6 +102,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.ids = itertools.count(1)
         self.gone: set[ChunkKey] = set()
         self.removing: list[asyncio.Task[int]] = []
+        self.offering: list[asyncio.Task[None]] = []
 
     def run(self, what: Coroutine[Any, Any, ResultT]) -> ResultT:
         return self.loop.run_until_complete(asyncio.wait_for(what, PATIENCE_S))
@@ -125,12 +139,42 @@ class EvictionMachine(RuleBasedStateMachine):
         lease = self.cache.write_lease(session, lease_id)
         if lease is None:
             return
+        self.fill(session, lease)
+        if at_once:
+            self.commit(session, self.using.pop().lease)
+
+    def fill(self, session: Session, lease: Lease) -> None:
         for replica in lease.replicas.values():
             self.placement.memory.view(replica.slot)[:] = right_bytes(replica)
-        if at_once:
-            self.commit(session, lease)
+        self.using.append(Using(session, lease))
+
+    @rule(who=who, family=family, length=length, hints=hints, first=firsts,
+          at_once=st.booleans(), turns=st.integers(1, 4))  # fmt: skip
+    def offload_in_turns(
+        self, who: int, family: int, length: int, hints: Hints, first: int, *,
+        at_once: bool, turns: int,
+    ) -> None:  # fmt: skip
+        """Whatever else happens has its turn between two pieces of an answer."""
+        part = self.prefix(self.sessions[who], family, length)[first:]
+        offering = self.offer(self.sessions[who], part, hints, at_once)
+        self.offering.append(self.loop.create_task(offering))
+        self.turn(turns)
+
+    async def offer(self, session: Session, part: Prefix, hints: Hints, at_once: bool) -> None:
+        lease_id = next(self.ids)
+        pieces = self.cache.reserve_in_pieces(session, lease_id, part.keys, part.parent, hints)
+        try:
+            answers = await in_turns(pieces, 1)
+        except InvalidRequest:
+            assert session not in self.cache.sessions, "only its end takes a lease away here"
+            return
+        lease = self.cache.write_lease(session, lease_id)
+        named = [answer.slot for answer in answers if answer.slot is not None]
+        if lease is None:
+            assert not named
         else:
-            self.using.append(Using(session, lease))
+            assert named == [replica.slot for replica in lease.replicas.values()]
+            self.fill(session, lease)
 
     @rule(prompts=st.lists(st.tuples(who, family), min_size=2, max_size=8), hints=hints,
           settled=st.booleans(), again=st.booleans())  # fmt: skip
@@ -179,10 +223,11 @@ class EvictionMachine(RuleBasedStateMachine):
     def is_right(self, replica: Replica) -> bool:
         return bytes(self.placement.memory.view(replica.slot)) == right_bytes(replica)
 
-    @precondition(lambda self: self.using)
     @rule(which=some, publish=st.booleans())
     def leave(self, which: int, publish: bool) -> None:
         """Release what was read, perhaps before it has come; commit what was written, or not."""
+        if not self.using:
+            return
         use = self.using.pop(which % len(self.using))
         if use.load is not None:
             self.called(self.cache.release, use.session, use.lease.id)
@@ -194,8 +239,8 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule(who=who, family=family, length=length, which=st.integers(0, 2))
     def foresee(self, who: int, family: int, length: int, which: int) -> None:
-        cache = self.cache
-        call = (cache.lookup, cache.prefetch, cache.cancel_prefetch)[which]
+        it = self.cache
+        call = (it.lookup, it.prefetch, it.cancel_prefetch)[which]
         self.called(call, *self.asked(who, family, length))
 
     @rule(who=who, family=family, length=length, ttl_s=st.floats(1, 20), ends=st.booleans())
@@ -252,7 +297,8 @@ class EvictionMachine(RuleBasedStateMachine):
 
     async def all_settle(self) -> None:
         reading = [use.load for use in self.using if use.load]
-        await asyncio.gather(*reading, *self.loads, *self.removing)
+        await asyncio.gather(*reading, *self.loads, *self.removing, *self.offering)
+        await asyncio.gather(*self.cache.sessions._giving_back)
         while self.core.promotions._live:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert await self.core.write_behind.flush(PATIENCE_S)

@@ -85,6 +85,25 @@ async def test_they_land_again_once_those_before_have_gone(
             await on_disk(h)
 
 
+@pytest.mark.parametrize("when", list(When))
+async def test_they_land_again_once_the_disk_writes_again(
+    tmp_path: Path, picky: list[TierId], when: When
+) -> None:
+    async with harness(tmp_path, slots=32, writing=Writing(when)) as h:
+        session = h.session()
+        h.put(session, h.chain_of(session, 32))
+        await on_disk(h)
+        picky.append(TierId.CPU)
+        prompts = [h.chain_of(session, 4, seed=seed) for seed in range(1, 4)]
+        for prompt in prompts:
+            h.store.refuse_writes = prompt is prompts[0]
+            for _ in range(2):  # stored again, which the second touch wants
+                h.put(session, prompt)
+            await on_disk(h)
+        nodes = [session.branch.nodes[key] for key in prompts[-1]]
+        assert all(node.ready(TierId.DISK) for node in nodes)
+
+
 async def test_nothing_lands_that_the_disk_does_not_keep(
     tmp_path: Path, picky: list[TierId]
 ) -> None:

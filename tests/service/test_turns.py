@@ -12,6 +12,7 @@ from kvtier.config import Config
 from kvtier.errors import InvalidRequest
 from kvtier.proto import cache_pb2 as pb
 from kvtier.service import (
+    cache,
     loading,
     pins,
     promotion,
@@ -22,11 +23,12 @@ from kvtier.service import (
     write_behind,
 )
 from kvtier.service import servicer as servicer_module
-from kvtier.service.answers import LoadStop, ReserveOutcome
+from kvtier.service.answers import CommitOutcome, LoadStop, ReserveOutcome
 from kvtier.service.curves import curves_of
 from kvtier.service.demotion import When, Writing
 from kvtier.service.explain import Explainer
 from kvtier.service.history import Why
+from kvtier.service.pace import in_turns
 from kvtier.service.pins import Terms
 from kvtier.service.servicer import Servicer
 from kvtier.service.sessions import Session
@@ -146,6 +148,71 @@ async def test_a_reservation_is_answered_in_pieces(
         assert turns.most == reserving.MOST_AT_ONCE < CHUNKS
 
 
+async def test_a_commit_is_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MOST_COMMITTED", 128)
+    async with harness(tmp_path, slots=400) as h, Turns() as turns:
+        session = h.session()
+        monkeypatch.setattr(h.placement.index, "commit", turns.notes(h.placement.index.commit))
+        prefix = h.chain_of(session, CHUNKS)
+        lease_id, _ = h.reserve(session, prefix)
+        pieces = h.cache.commit_in_pieces(session, lease_id, range(CHUNKS))
+        assert await in_turns(pieces, 128) == [CommitOutcome.STORED] * CHUNKS
+        assert h.cache.lookup(session, prefix.keys) == (CHUNKS, CHUNKS)
+        assert turns.done == CHUNKS
+        assert turns.most == 128
+
+
+async def test_what_ends_a_lease_between_two_pieces_of_a_commit_ends_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_COMMITTED", 2)
+    monkeypatch.setattr(sessions, "_MOST_AT_ONCE", 1)  # some is still to be given back
+    async with harness(tmp_path) as h:
+        session = h.session()
+        lease_id, _ = h.reserve(session, h.chain_of(session, 6))
+        pieces = h.cache.commit_in_pieces(session, lease_id, range(6))
+        assert next(pieces) == [CommitOutcome.STORED] * 2
+        h.cache.end_session(session)
+        assert [*next(pieces), *next(pieces)] == [CommitOutcome.NOT_RESERVED] * 4
+        assert next(pieces, None) is None
+        while h.cache.sessions._giving_back:
+            await turn()
+        assert h.placement.index.chunks[TierId.CPU] == 2
+        assert h.placement.memory.arena.used_bytes == 2 * SLOT_BYTES
+
+
+async def test_a_commit_that_nobody_waits_for_any_more_discards_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_COMMITTED", 2)
+    async with harness(tmp_path) as h:
+        session = h.session()
+        lease_id, _ = h.reserve(session, h.chain_of(session, 6))
+        pieces = h.cache.commit_in_pieces(session, lease_id, range(6))
+        committing = asyncio.create_task(in_turns(pieces, 2))
+        del pieces
+        await asyncio.sleep(0)
+        committing.cancel()
+        await asyncio.wait({committing})
+        del committing
+        assert len(session.leases) == 0
+        assert h.placement.memory.arena.used_bytes == 2 * SLOT_BYTES
+
+
+async def test_an_abort_is_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_MOST_AT_ONCE", 128)
+    async with harness(tmp_path, slots=400) as h, Turns() as turns:
+        session = h.session()
+        lease_id, _ = h.reserve(session, h.chain_of(session, CHUNKS))
+        monkeypatch.setattr(h.placement.index, "abort", turns.notes(h.placement.index.abort))
+        h.cache.abort(session, lease_id)
+        while not session.leases.given_back:
+            await turn()
+        assert turns.done == h.placement.counters.aborted_chunks == CHUNKS
+        assert turns.most == 128
+        assert session.leases.write_bytes == h.placement.memory.arena.used_bytes == 0
+
+
 @pytest.mark.parametrize("pieces", [1, 2])
 async def test_an_answer_names_no_slot_of_a_lease_that_ended_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
@@ -171,21 +238,14 @@ async def test_an_answer_names_no_slot_of_a_lease_that_ended_meanwhile(
 async def test_a_slab_that_changes_layout_is_looked_over_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with harness(tmp_path, slots=32 * CHUNKS) as h:
+    async with harness(tmp_path, slots=32 * CHUNKS) as h, Turns() as turns:
         session = h.session()
         h.put(session, h.chain_of(session, CHUNKS))
         assert await h.write_behind.flush(PATIENCE_S)
         [slab] = h.placement._residents
-        looked_at: list[Node] = []
-        children = Node.children
-
-        def noted(node: Node) -> list[Node]:
-            looked_at.append(node)
-            return children(node)
-
-        monkeypatch.setattr(Node, "children", noted)
+        monkeypatch.setattr(Node, "children", turns.notes(Node.children))
         assert h.placement._empty_slab(slab, TierId.CPU, unsaved=False)
-        assert len(looked_at) == CHUNKS
+        assert turns.done == CHUNKS
         assert h.placement.index.chunks[TierId.CPU] == 0
 
 

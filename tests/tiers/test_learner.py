@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.tiers.policies.classes import BINS, CoarseClasses, FineClasses, age_bin, age_edges
 from kvtier.tiers.policies import cohorts as cohorts_module
+from kvtier.tiers.policies.classes import BINS, CoarseClasses, FineClasses, age_bin, age_edges
 from kvtier.tiers.policies.cohorts import Cohorts
 from kvtier.tiers.policies.learner import LABELS, HazardLearner
 from kvtier.tiers.policies.tables import decode, encode

@@ -15,6 +15,7 @@ from kvtier.tiers.policies.classes import BINS, age_bin
 # Cohorts of one class before they are merged, where nobody asks for ages meanwhile.
 _MOST_APART = 1024
 
+
 class Line:
     """The cohorts of one class, the oldest first: from when on they are, how many chunks wait, and
     the seconds from then to when these were touched, all together."""
