@@ -71,6 +71,14 @@ class PlainLru:
     def reuse(self, entry: Chunk, now_s: float) -> float:
         return 1.0
 
+    def label(self, entry: Chunk) -> int:
+        return 0
+
+    def likely(self, coming: Coming) -> float:
+        return 1.0
+
+    def closed(self) -> None: ...
+
 
 def plain_lru(weight: int) -> Family:
     return Family(PlainLru, NothingToLearn())
