@@ -133,7 +133,7 @@ def test_an_error_of_the_service_is_a_miss(client: Client, monkeypatch: pytest.M
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a mistake of ours")
 
-    for name in ("lookup", "load", "reserve", "commit", "prefetch", "evict"):
+    for name in ("lookup", "load", "reserve_in_pieces", "commit_in_pieces", "prefetch", "evict"):
         monkeypatch.setattr(cache, name, broken)
     assert client.lookup(prefix) == 0
     assert load(client, prefix) == 0
